@@ -1,0 +1,90 @@
+r"""Nonlinearities that also give their slope.
+
+Exact divergences and forward-mode products need :math:`a'(u)` beside :math:`a(u)`; both
+together cost little more than one.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Activation(nn.Module, ABC):
+    """An elementwise nonlinearity with its derivative."""
+
+    @abstractmethod
+    def value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a(u) and a'(u), both differentiable."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Return a(u)."""
+        return self.value_and_slope(u)[0]
+
+
+class Tanh(Activation):
+    """The hyperbolic tangent."""
+
+    def value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tanh u and 1 - tanh² u."""
+        value = torch.tanh(u)
+        return value, 1 - value * value
+
+
+class Softplus(Activation):
+    """log(1 + exp u)."""
+
+    def value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return softplus u and the logistic function of u."""
+        return F.softplus(u), torch.sigmoid(u)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Return softplus u."""
+        return F.softplus(u)
+
+
+class Elu(Activation):
+    """u for u > 0, exp(u) - 1 otherwise."""
+
+    def value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return elu u and its slope, exp(min(u, 0))."""
+        return F.elu(u), torch.exp(u.clamp(max=0))
+
+
+class Relu(Activation):
+    """max(u, 0): its kinks cost an adaptive solver many small steps; prefer a smooth one."""
+
+    def value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return relu u and 1 where u > 0."""
+        return F.relu(u), (u > 0).to(u.dtype)
+
+
+class Swish(Activation):
+    r"""u σ(βu) with a β of its own that is learned (the original shared one among all layers)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw_beta = nn.Parameter(torch.tensor(0.5))
+
+    def value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u σ(βu) and σ(βu) (1 + βu (1 - σ(βu)))."""
+        beta = F.softplus(self.raw_beta)
+        gate = torch.sigmoid(beta * u)
+        return u * gate, gate * (1 + beta * u * (1 - gate))
+
+
+class Square(Activation):
+    """u²."""
+
+    def value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u² and 2u."""
+        return u * u, 2 * u
+
+
+class Identity(Activation):
+    """u, for linear fields whose flows are known exactly."""
+
+    def value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u and 1."""
+        return u, torch.ones_like(u)

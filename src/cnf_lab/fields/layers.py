@@ -1,0 +1,192 @@
+r"""Time-conditioned linear layers: at every time each of them is an affine map.
+
+All of the original's layers have the form :math:`y = g(t) \circ (W(t) x) + s(t)`. A layer says
+what W, g and s are (:meth:`TimeLinear.at`), and values, forward-mode products and closed-form
+divergences follow from that one description.
+
+References:
+    Grathwohl et al., FFJORD (2019), https://arxiv.org/abs/1810.01367, and its code.
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnf_lab.fields.base import Time, time_column
+from cnf_lab.shapes import Float
+
+
+class AffineMap(NamedTuple):
+    r"""The map :math:`x \mapsto g \circ (W x) + s`.
+
+    ``weight`` is (out, in), or (batch, out, in) where it differs between rows; ``gate`` (None
+    stands for 1) and ``shift`` broadcast against (batch, out).
+    """
+
+    weight: Tensor
+    gate: Tensor | None
+    shift: Tensor
+
+    def __call__(self, x: Float[Tensor, "batch in"]) -> Float[Tensor, "batch out"]:
+        if self.weight.dim() == 2 and self.gate is None and self.shift.dim() == 1:
+            return F.linear(x, self.weight, self.shift)
+        return self.linear(x) + self.shift
+
+    def linear(self, v: Float[Tensor, "*more batch in"]) -> Float[Tensor, "*more batch out"]:
+        """Apply the linear part, to tangents as well."""
+        if self.weight.dim() == 2:
+            y = F.linear(v, self.weight)
+        else:
+            y = torch.einsum("boi,...bi->...bo", self.weight, v)
+        return y if self.gate is None else y * self.gate
+
+    def modulated(self, gate: Tensor, shift: Tensor) -> "AffineMap":
+        """Return the map followed by y -> gate y + shift, both (batch, out)."""
+        own = gate if self.gate is None else self.gate * gate
+        return AffineMap(self.weight, own, self.shift * gate + shift)
+
+
+class TimeLinear(nn.Module, ABC):
+    """A linear layer whose coefficients depend on time.
+
+    Args:
+        in_features: Size of the input.
+        out_features: Size of the output.
+    """
+
+    #: Whether the layer is defined only for times in [0, 1].
+    unit_time: bool = False
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    @abstractmethod
+    def at(self, t: Time) -> AffineMap:
+        """Return the affine map at a time."""
+
+    def forward(self, t: Time, x: Float[Tensor, "batch in"]) -> Float[Tensor, "batch out"]:
+        """Apply the layer."""
+        return self.at(t)(x)
+
+
+class Ignore(TimeLinear):
+    """W x + b, whatever the time."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.linear = nn.Linear(in_features, out_features)
+
+    def at(self, t: Time) -> AffineMap:
+        """Return (W, 1, b)."""
+        return AffineMap(self.linear.weight, None, self.linear.bias)
+
+
+class Concat(TimeLinear):
+    """W [t; x] + b, the time as an extra first input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.linear = nn.Linear(in_features + 1, out_features)
+
+    def at(self, t: Time) -> AffineMap:
+        """Split W into its time column, which shifts, and the rest."""
+        weight = self.linear.weight
+        return AffineMap(weight[:, 1:], None, self.linear.bias + _scaled(t, weight[:, 0]))
+
+
+class ConcatCoord(Concat):
+    """For rows the same as :class:`Concat`; images also get the coordinates of the pixel."""
+
+
+class ConcatV2(TimeLinear):
+    """W x + b + v t: like :class:`Concat`, with the time outside a spectrally normalised W."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.linear = nn.Linear(in_features, out_features)
+        self.time_shift = nn.Linear(1, out_features, bias=False)
+
+    def at(self, t: Time) -> AffineMap:
+        """Return (W, 1, b + v t)."""
+        return AffineMap(self.linear.weight, None, self.linear.bias + _scaled(t, self.time_shift.weight[:, 0]))
+
+
+class Squash(TimeLinear):
+    """(W x + b) σ(a t + c)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.linear = nn.Linear(in_features, out_features)
+        self.time_gate = nn.Linear(1, out_features)
+
+    def at(self, t: Time) -> AffineMap:
+        """Return (W, σ, σ b)."""
+        gate = torch.sigmoid(self.time_gate(time_column(t)))
+        return AffineMap(self.linear.weight, gate, gate * self.linear.bias)
+
+
+class ConcatSquash(TimeLinear):
+    """(W x + b) σ(a t + c) + v t."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.linear = nn.Linear(in_features, out_features)
+        self.time_gate = nn.Linear(1, out_features)
+        self.time_shift = nn.Linear(1, out_features, bias=False)
+
+    def at(self, t: Time) -> AffineMap:
+        """Return (W, σ, σ b + v t)."""
+        column = time_column(t)
+        gate = torch.sigmoid(self.time_gate(column))
+        return AffineMap(self.linear.weight, gate, gate * self.linear.bias + self.time_shift(column))
+
+
+class Blend(TimeLinear):
+    """(1 - t) (W0 x + b0) + t (W1 x + b1), for times in [0, 1]."""
+
+    unit_time = True
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.start = nn.Linear(in_features, out_features)
+        self.end = nn.Linear(in_features, out_features)
+
+    def at(self, t: Time) -> AffineMap:
+        """Interpolate both weights and biases; a time per example gives a weight per example."""
+        weight = torch.lerp(self.start.weight, self.end.weight, t.reshape(t.shape + (1, 1)))
+        shift = torch.lerp(self.start.bias, self.end.bias, t.reshape(t.shape + (1,)))
+        return AffineMap(weight, None, shift)
+
+
+class Hyper(TimeLinear):
+    """W(t) x + b(t) with both from a small network of time, 1-8-(out + out in), tanh.
+
+    Starts near zero: all weights of the network are 0, its biases N(0, 0.01²).
+    """
+
+    width = 8
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        outputs = out_features * (in_features + 1)
+        self.network = nn.Sequential(nn.Linear(1, self.width), nn.Tanh(), nn.Linear(self.width, outputs))
+        for name, parameter in self.network.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.01)
+            else:
+                nn.init.zeros_(parameter)
+
+    def at(self, t: Time) -> AffineMap:
+        """Return the network's output, bias first, then the rows of W."""
+        out = self.network(time_column(t)).reshape(t.shape + (-1,))
+        shift, weight = out.split([self.out_features, self.out_features * self.in_features], dim=-1)
+        return AffineMap(weight.unflatten(-1, (self.out_features, self.in_features)), None, shift)
+
+
+def _scaled(t: Time, vector: Float[Tensor, " out"]) -> Tensor:
+    """Return t times a vector: (out,) for a scalar time, (batch, out) otherwise."""
+    return t * vector if t.dim() == 0 else t.unsqueeze(-1) * vector

@@ -1,0 +1,252 @@
+r"""The seam of all invertible layers, and the density that they make.
+
+t = 0 is data and t = T is latent: :meth:`Transform.pull_back` goes from data to latent and
+gives likelihoods, :meth:`Transform.push_forward` goes from latent to data and gives samples.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cnf_lab.flows.base_density import StandardNormal
+from cnf_lab.ode import SolveStats
+from cnf_lab.shapes import Float
+
+#: A quantity to integrate over time along with a solve, one number per example:
+#: (t, x, dx/dt, divergence) -> (batch,).
+Integrand = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Mapped:
+    r"""Rows after an invertible map.
+
+    Attributes:
+        value: Mapped rows (batch, \*event).
+        log_det: log \|det\| of the Jacobian of the map that was applied (batch,).
+        integrals: The integrals asked for, each (batch,).
+        solves: What each solve cost, in the order of the map.
+    """
+
+    value: Tensor
+    log_det: Tensor
+    integrals: tuple[Tensor, ...] = ()
+    solves: tuple[SolveStats, ...] = ()
+
+
+class Transform(nn.Module, ABC):
+    """An invertible map between data and latent space.
+
+    In training mode a transform may use its training solver and trace estimator, and update
+    statistics; in evaluation mode it is a fixed function.
+    """
+
+    @abstractmethod
+    def pull_back(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        integrands: Sequence[Integrand] = (),
+    ) -> Mapped:
+        """Map data to latent.
+
+        Args:
+            x: Data (batch, \\*event).
+            context: Conditioning (batch, features) or None.
+            generator: Source of the probes of stochastic trace estimators.
+            integrands: Quantities to integrate along the way.
+        """
+
+    @abstractmethod
+    def push_forward(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        with_log_det: bool = True,
+    ) -> Mapped:
+        """Map latent to data.
+
+        Args:
+            z: Latent (batch, \\*event).
+            context: Conditioning (batch, features) or None.
+            generator: Source of the probes of stochastic trace estimators.
+            with_log_det: Whether log_det is wanted; without, samples cost less and it is zero.
+        """
+
+    def trajectory(self, z: Tensor, context: Tensor | None = None, points: int = 2) -> list[Tensor]:
+        """Return the states on the way from latent to data, z itself left out.
+
+        A map without a time of its own has one: its result.
+        """
+        return [self.push_forward(z, context, with_log_det=False).value]
+
+
+class Chain(Transform):
+    """Transforms one after the other, the first one next to the data.
+
+    Args:
+        transforms: The transforms from data to latent.
+    """
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        super().__init__()
+        self.transforms = nn.ModuleList(transforms)
+
+    def pull_back(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        integrands: Sequence[Integrand] = (),
+    ) -> Mapped:
+        """Map data to latent; log-dets and integrals add up."""
+        total = Mapped(x, x.new_zeros(len(x)), tuple(x.new_zeros(len(x)) for _ in integrands))
+        for transform in self.transforms:
+            total = _then(total, transform.pull_back(total.value, context, generator, integrands))
+        return total
+
+    def push_forward(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        with_log_det: bool = True,
+    ) -> Mapped:
+        """Map latent to data; log-dets add up."""
+        total = Mapped(z, z.new_zeros(len(z)))
+        for transform in reversed(self.transforms):
+            total = _then(total, transform.push_forward(total.value, context, generator, with_log_det))
+        return total
+
+    def trajectory(self, z: Tensor, context: Tensor | None = None, points: int = 2) -> list[Tensor]:
+        """Return the states of every transform in turn."""
+        states = [z]
+        for transform in reversed(self.transforms):
+            states += transform.trajectory(states[-1], context, points)
+        return states[1:]
+
+
+def _then(first: Mapped, second: Mapped) -> Mapped:
+    # A transform without a time (an affine layer, say) has no integrals: they stay as they are.
+    pairs = zip(first.integrals, second.integrals, strict=True) if second.integrals else ()
+    return Mapped(
+        second.value,
+        first.log_det + second.log_det,
+        tuple(a + b for a, b in pairs) or first.integrals,
+        first.solves + second.solves,
+    )
+
+
+class Flow(nn.Module):
+    r"""A density: a transform between data and a base density.
+
+    .. math:: \log p(x) = \log p_{\mathrm{base}}(z) + \log|\det \partial z / \partial x|,
+              \qquad z = \mathrm{pull\_back}(x).
+
+    Put it in evaluation mode (``flow.eval()``) before using its numbers: evaluation mode takes
+    the evaluation solver and the exact divergence.
+
+    Args:
+        transform: The map from data to latent.
+        base: The density of the latent.
+        context_features: Size of the conditioning context; 0 for an unconditional density.
+        context_encoder: Map from the context as the data give it to what the transform gets;
+            None hands it on as it is.
+    """
+
+    def __init__(
+        self,
+        transform: Transform,
+        base: StandardNormal,
+        context_features: int = 0,
+        context_encoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.transform, self.base = transform, base
+        self.context_features, self.context_encoder = context_features, context_encoder
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one event."""
+        return self.base.event_shape
+
+    def pull_back(
+        self,
+        x: Float[Tensor, "batch *event"],
+        context: Float[Tensor, "batch features"] | None = None,
+        generator: torch.Generator | None = None,
+        integrands: Sequence[Integrand] = (),
+    ) -> Mapped:
+        """Map data to latent.
+
+        Raises:
+            ValueError: If shapes of data or context do not fit the flow.
+        """
+        self._check(x, context)
+        return self.transform.pull_back(x, self._encode(context), generator, integrands)
+
+    def push_forward(
+        self,
+        z: Float[Tensor, "batch *event"],
+        context: Float[Tensor, "batch features"] | None = None,
+        generator: torch.Generator | None = None,
+        with_log_det: bool = True,
+    ) -> Mapped:
+        """Map latent to data.
+
+        Raises:
+            ValueError: If shapes of latent or context do not fit the flow.
+        """
+        self._check(z, context)
+        return self.transform.push_forward(z, self._encode(context), generator, with_log_det)
+
+    def log_prob(
+        self,
+        x: Float[Tensor, "batch *event"],
+        context: Float[Tensor, "batch features"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """Return the log-density of each row in nats."""
+        mapped = self.pull_back(x, context, generator)
+        return self.base.log_prob(mapped.value) + mapped.log_det
+
+    def sample(
+        self,
+        n: int,
+        context: Float[Tensor, "rows features"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "n *event"]:
+        """Draw n rows without a gradient; a context of one row is shared by all of them."""
+        if context is not None and len(context) == 1:
+            context = context.expand(n, -1)
+        with torch.no_grad():
+            return self.push_forward(self.base.sample(n, generator), context, with_log_det=False).value
+
+    @torch.no_grad()
+    def trajectory(self, z: Tensor, context: Tensor | None = None, points: int = 2) -> Float[Tensor, "times n *event"]:
+        """Return the states from latent to data at ``points`` times per continuous block.
+
+        The first entry is z itself.
+        """
+        self._check(z, context)
+        return torch.stack([z, *self.transform.trajectory(z, self._encode(context), points)])
+
+    def _encode(self, context: Tensor | None) -> Tensor | None:
+        return context if context is None or self.context_encoder is None else self.context_encoder(context)
+
+    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        if x.dim() != 1 + len(self.event_shape) or tuple(x.shape[1:]) != self.event_shape:
+            expected = ", ".join(("batch", *map(str, self.event_shape)))
+            raise ValueError(f"Expected rows with shape ({expected}), got {tuple(x.shape)}. Reshape the input.")
+        wanted = (len(x), self.context_features) if self.context_features else None
+        given = None if context is None else tuple(context.shape)
+        if wanted != given:
+            raise ValueError(
+                f"Expected a context with shape {wanted}, got {given}. "
+                + ("Give one row of context per row." if wanted else "Leave the context out: the density has none.")
+            )

@@ -1,0 +1,40 @@
+"""Likelihoods over a data set, exact whatever the batches and processes."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from cnf_lab.shapes import Float
+
+
+class MeanWithError(Metric):
+    r"""Mean over examples with its standard error, from sums that add up over processes.
+
+    .. math:: \bar a = \frac1n \sum_i a_i, \qquad
+              \mathrm{se} = \sqrt{\frac{\sum_i a_i^2 / n - \bar a^2}{n - 1}}.
+
+    Sums are float64, so that the size of the set costs no digits.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Tensor
+        self.total: Tensor
+        self.squares: Tensor
+        for name in ("count", "total", "squares"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Float[Tensor, " batch"]) -> None:
+        """Add the values of a batch."""
+        values = values.detach().double()
+        self.count += len(values)
+        self.total += values.sum()
+        self.squares += values.square().sum()
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard error; the error of a single value is infinite."""
+        mean = self.total / self.count
+        variance = (self.squares / self.count - mean.square()).clamp(min=0)
+        return mean, (variance / (self.count - 1)).sqrt()

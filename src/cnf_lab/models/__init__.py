@@ -1,0 +1,4 @@
+"""The LightningModules of the model families."""
+
+from cnf_lab.models.base import FlowModule as FlowModule
+from cnf_lab.models.density import DensityModule as DensityModule

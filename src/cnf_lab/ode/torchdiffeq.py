@@ -1,0 +1,247 @@
+"""Every method of torchdiffeq behind the solver seam.
+
+References:
+    R. T. Q. Chen, torchdiffeq (2018), https://github.com/rtqichen/torchdiffeq.
+    Chen et al., Neural Ordinary Differential Equations (2018), https://arxiv.org/abs/1806.07366.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torchdiffeq
+from torch import Tensor
+
+from cnf_lab.errors import ConfigError, SolverError
+from cnf_lab.ode.base import (
+    OdeSolver,
+    RightHandSide,
+    SolveStats,
+    State,
+    batch_error_norm,
+    example_error_norm,
+)
+
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+FIXED_GRID = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+SCIPY = ("scipy_solver",)
+METHODS = ADAPTIVE + FIXED_GRID + SCIPY
+GRADIENTS = ("direct", "adjoint")
+OPTIONS = {
+    ADAPTIVE: (
+        "min_step", "max_step", "first_step", "step_t", "jump_t", "safety", "ifactor", "dfactor", "max_num_steps",
+    ),
+    FIXED_GRID: ("step_size", "perturb", "interp", "max_order", "max_iters"),
+    SCIPY: ("solver", "min_step", "max_step"),
+}  # fmt: skip
+ERROR_NORMS = {"batch": batch_error_norm, "example": example_error_norm}
+
+
+class TorchdiffeqSolver(OdeSolver):
+    """A method of torchdiffeq.
+
+    Args:
+        method: Name of the method, one of ``METHODS``.
+        atol: Absolute local error bound (adaptive methods and scipy's).
+        rtol: Relative local error bound.
+        steps: Number of equal steps between t0 and t1 of a fixed-grid method; None leaves the
+            grid to ``options``.
+        error_norm: ``example`` bounds the error of every row, ``batch`` the mean over the batch.
+        gradient: ``direct`` differentiates through the steps, ``adjoint`` solves the continuous
+            adjoint backward with constant memory.
+        options: Further options of the method, such as ``step_size`` or ``max_num_steps``.
+        adjoint_atol: Absolute bound of the backward solve; None takes ``atol``.
+        adjoint_rtol: Relative bound of the backward solve; None takes ``rtol``.
+        adjoint_seminorm: Whether the parameters' gradients are left out of the backward
+            solve's error norm, which saves steps (Kidger et al. 2021, https://arxiv.org/abs/2009.09457).
+
+    Raises:
+        ConfigError: If an option is unknown, out of range, or does not go with the method.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        atol: float = 1e-5,
+        rtol: float = 1e-5,
+        steps: int | None = None,
+        error_norm: str = "batch",
+        gradient: str = "direct",
+        options: Mapping[str, Any] | None = None,
+        adjoint_atol: float | None = None,
+        adjoint_rtol: float | None = None,
+        adjoint_seminorm: bool = True,
+    ) -> None:
+        _check_choice("solver.method", method, METHODS)
+        _check_choice("solver.gradient", gradient, GRADIENTS)
+        _check_choice("solver.error_norm", error_norm, tuple(ERROR_NORMS))
+        for name, bound in (("atol", atol), ("rtol", rtol)):
+            if not bound > 0:
+                raise ConfigError(f"Expected solver.{name} above 0, got {bound}. Type solver.{name}=1e-5.")
+        if steps is not None and (method not in FIXED_GRID or steps < 1):
+            raise ConfigError(
+                f"Expected solver.steps of at least 1 and only with a fixed-grid method ({', '.join(FIXED_GRID)}), "
+                f"got solver.steps={steps} with solver.method={method}. Type solver=rk4 solver.steps=8."
+            )
+        for option in options or {}:
+            known = next(names for methods, names in OPTIONS.items() if method in methods)
+            _check_choice("solver.options", option, known)
+        if method in FIXED_GRID and steps is None and "step_size" not in (options or {}):
+            raise ConfigError(
+                f"Expected a grid for the fixed-grid method {method}, got neither solver.steps nor "
+                "solver.options.step_size. Type solver.steps=8."
+            )
+        if method in SCIPY and gradient == "direct":
+            raise ConfigError(
+                "Expected solver.gradient=adjoint with solver.method=scipy_solver, which leaves torch's graph, "
+                "got solver.gradient=direct. Type solver.gradient=adjoint."
+            )
+        self.method, self.atol, self.rtol, self.steps = method, atol, rtol, steps
+        self.error_norm, self.gradient, self.options = error_norm, gradient, dict(options or {})
+        self.adjoint_atol, self.adjoint_rtol = adjoint_atol, adjoint_rtol
+        self.adjoint_seminorm = adjoint_seminorm
+
+    def describe(self) -> dict[str, object]:
+        """Return method, tolerances and options as plain values."""
+        common: dict[str, object] = {"method": self.method, "gradient": self.gradient, **self.options}
+        if self.method in FIXED_GRID:
+            return common if self.steps is None else {**common, "steps": self.steps}
+        return {**common, "atol": self.atol, "rtol": self.rtol, "error_norm": self.error_norm}
+
+    def solve(
+        self,
+        rhs: RightHandSide,
+        state: State,
+        t0: float,
+        t1: float,
+        parameters: Sequence[Tensor] = (),
+    ) -> tuple[State, SolveStats]:
+        """Integrate from t0 to t1; see :meth:`OdeSolver.solve`."""
+        if t0 == t1:
+            return state, SolveStats()
+        observed = _Observed(rhs)
+        if not all(bool(part.isfinite().all()) for part in state):
+            raise SolverError(self._failure(observed, t0, "the state at the start is not finite"))
+        # The times are data of the solve, never differentiated: an end time that is trained
+        # enters through the right-hand side.
+        times = torch.tensor([t0, t1], dtype=torch.float64, device=state[0].device)
+        try:
+            with _no_autocast(state[0].device.type):
+                solution = self._integrate(observed, state, times, parameters)
+        except AssertionError as failure:
+            raise SolverError(self._failure(observed, t0, str(failure))) from failure
+        end = tuple(part[-1] for part in solution)
+        if len(solution[0]) != 2 or not all(bool(part.isfinite().all()) for part in end):
+            raise SolverError(self._failure(observed, t1, "the state at the end is not finite"))
+        observed.finished = True
+        return end, observed.stats
+
+    def _integrate(
+        self, observed: "_Observed", state: State, times: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        options: dict[str, Any] = dict(self.options)
+        options["norm"] = ERROR_NORMS[self.error_norm]
+        if self.steps is not None:
+            options["grid_constructor"] = _equal_steps(self.steps)
+        settings: dict[str, Any] = {"atol": self.atol, "rtol": self.rtol, "method": self.method, "options": options}
+        if self.gradient == "direct" or not torch.is_grad_enabled():
+            return torchdiffeq.odeint(observed, state, times, **settings)
+        backward = {name: value for name, value in options.items() if name != "norm"}
+        if self.adjoint_seminorm and self.method in ADAPTIVE:
+            backward["norm"] = "seminorm"
+        return torchdiffeq.odeint_adjoint(
+            observed,
+            state,
+            times,
+            **settings,
+            adjoint_atol=self.adjoint_atol,
+            adjoint_rtol=self.adjoint_rtol,
+            adjoint_options=backward,
+            adjoint_params=tuple(parameters),
+        )
+
+    def _failure(self, observed: "_Observed", t: float, reason: str) -> str:
+        step = "not yet chosen"
+        if observed.last_step is not None:
+            t, step = float(observed.last_step[0]), f"{float(observed.last_step[1]):.3g}"
+        return (
+            f"The solve with {self.method} failed at t = {t:.6g} (step size {step}, "
+            f"{observed.stats.nfe_forward} evaluations, atol {self.atol:g}, rtol {self.rtol:g}): "
+            f"{_first_line(reason)}. {_advice(reason)}"
+        )
+
+
+class _Observed:
+    """A right-hand side that counts its evaluations and remembers the last step."""
+
+    def __init__(self, rhs: RightHandSide) -> None:
+        self.rhs = rhs
+        self.stats = SolveStats()
+        self.finished = False
+        self.last_step: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, t: Tensor, state: State) -> State:
+        if self.finished:
+            self.stats.nfe_backward += 1
+        else:
+            self.stats.nfe_forward += 1
+        return self.rhs(t, state)
+
+    # torchdiffeq looks these up by name.
+    def callback_step(self, t0: Tensor, state: State, dt: Tensor) -> None:
+        self.last_step = (t0, dt)
+
+    def callback_accept_step(self, t0: Tensor, state: State, dt: Tensor) -> None:
+        self.stats.accepted_steps += 1
+
+    def callback_reject_step(self, t0: Tensor, state: State, dt: Tensor) -> None:
+        self.stats.rejected_steps += 1
+
+
+@contextmanager
+def backward_failures() -> Iterator[None]:
+    """Turn the assertions of a failed adjoint solve, which rise out of ``backward()``, into SolverError."""
+    try:
+        yield
+    except AssertionError as failure:
+        raise SolverError(
+            f"The backward solve of the adjoint failed: {_first_line(str(failure))}. "
+            "Type solver.gradient=direct, or loosen solver.adjoint_atol and solver.adjoint_rtol."
+        ) from failure
+
+
+def _equal_steps(steps: int) -> Callable[..., Tensor]:
+    def grid(func: object, y0: Tensor, t: Tensor) -> Tensor:
+        return torch.linspace(float(t[0]), float(t[-1]), steps + 1, dtype=t.dtype, device=t.device)
+
+    return grid
+
+
+def _no_autocast(device_type: str) -> torch.autocast:
+    # State, log-det and error norm keep float32 or better; the right-hand side opens the
+    # autocast it wants by itself.
+    return torch.autocast(device_type, enabled=False)
+
+
+def _advice(reason: str) -> str:
+    if "start is not finite" in reason:
+        return "Look for NaN or infinities in the data, or lower optimiser.lr if they come from the parameters."
+    if "max_num_steps" in reason:
+        return "Raise solver.options.max_num_steps, loosen solver.atol and solver.rtol, or lower optimiser.lr."
+    return (
+        "The field is stiff or has exploded: lower optimiser.lr, type trainer.gradient_clip_val=1, use a smooth "
+        "activation (tanh, softplus), or loosen solver.atol and solver.rtol."
+    )
+
+
+def _first_line(text: str) -> str:
+    return (text.splitlines() or ["unknown reason"])[0][:160].rstrip(".")
+
+
+def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        closest = (difflib.get_close_matches(value, choices, n=1) or choices)[0]
+        typed = f"{option}.{closest}=..." if option == "solver.options" else f"{option}={closest}"
+        raise ConfigError(f"Expected {option} to be one of {', '.join(choices)}, got {value}. Type {typed}.")

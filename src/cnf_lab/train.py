@@ -1,0 +1,125 @@
+"""Train a flow: ``python -m cnf_lab.train dataset=miniboone solver=dopri5``."""
+
+import logging
+import math
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+
+from cnf_lab.data import FlowDataModule
+from cnf_lab.training import tracking
+from cnf_lab.training.build import build_data, build_flow, build_module, build_trainer, fit_preprocess, plain
+from cnf_lab.training.command import run_command
+from cnf_lab.training.relaunch import one_job
+from cnf_lab.training.run import environment, save_config, write_json
+
+log = logging.getLogger("cnf_lab")
+
+
+def train(config: DictConfig) -> float:
+    """Compose, build, fit, test, and write the run folder.
+
+    Args:
+        config: The composed configuration.
+
+    Returns:
+        The best validation value of what the model watches, for sweepers.
+    """
+    folder = Path(config.paths.run)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    save_config(config, folder)
+
+    # 1. Data first: the flow needs their shape. 2. The flow. 3. Its module. 4. The trainer.
+    data = build_data(config)
+    flow = build_flow(config, data.event_shape, data.context_features)
+    if config.resume is None:
+        fit_preprocess(flow, data)
+    module = build_module(config, flow, data)
+    trainer = build_trainer(config)
+    announce(config, data, flow, folder)
+
+    failed = True
+    try:
+        last = str(folder / "checkpoints" / "last.ckpt") if config.resume else None
+        trainer.fit(module, data, ckpt_path=last, weights_only=True)
+        metrics = numbers(trainer)
+        if config.test and not trainer.interrupted:
+            trainer.test(module, data, ckpt_path=best_checkpoint(trainer), weights_only=True, verbose=False)
+            metrics |= numbers(trainer)
+        failed = trainer.interrupted
+    finally:
+        tracking.finish(trainer.loggers, failed)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.is_global_zero:
+        report(config, data, metrics, folder)
+    return metrics.get(module.monitor, math.inf)
+
+
+def job(config: DictConfig) -> float:
+    """Run one job, alone or of a multirun; a failure leaves its reason in the run folder."""
+    with one_job("cnf_lab.train"):
+        try:
+            return train(config)
+        except Exception as error:
+            (Path(config.paths.run) / "FAILED").write_text(f"{type(error).__name__}: {error}\n")
+            raise
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(job, "train")
+
+
+def numbers(trainer: pl.Trainer) -> dict[str, float]:
+    """Return the metrics that the last stage left, the watched one at its best."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    for callback in trainer.checkpoint_callbacks:
+        if callback.monitor in metrics and callback.best_model_score is not None:
+            metrics[callback.monitor] = float(callback.best_model_score)
+    return metrics
+
+
+def best_checkpoint(trainer: pl.Trainer) -> str | None:
+    """Return the best checkpoint's path; None (the current weights) where nothing was watched."""
+    paths = (callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.monitor)
+    return next(filter(None, paths), None)
+
+
+def report(config: DictConfig, data: FlowDataModule, metrics: dict[str, float], folder: Path) -> None:
+    """Write metrics.json and say where the run ended."""
+    (folder / "FAILED").unlink(missing_ok=True)
+    solver = {**plain(config.solver), **plain(config.solver.evaluation)}
+    context = {
+        "unit": data.unit,
+        "data": data.describe(),
+        "solver": {key: solver[key] for key in ("method", "atol", "rtol", "error_norm", "steps", "options")},
+        "trace": plain(config.model.evaluation_trace),
+        "seed": config.seed,
+        **environment(),
+    }
+    write_json(folder / "metrics.json", {**metrics, "context": context})
+    for stage in ("val", "test"):
+        if f"{stage}/nll" in metrics:
+            error = metrics.get(f"{stage}/nll_standard_error", math.nan)
+            truth = "" if data.entropy is None else f"; the true density has {data.entropy:.4f}"
+            log.info("%s/nll %.4f ± %.4f %s%s", stage, metrics[f"{stage}/nll"], error, data.unit, truth)
+    log.info("run folder %s", folder)
+
+
+def announce(config: DictConfig, data: FlowDataModule, flow: torch.nn.Module, folder: Path) -> None:
+    """Say what is about to run."""
+    rows = ", ".join(f"{count:,} {split}" for split, count in data.describe()["rows"].items())
+    parameters = sum(parameter.numel() for parameter in flow.parameters())
+    log.info("%s: events %s, rows %s", data.name, tuple(data.event_shape), rows)
+    log.info("model %s with %s parameters; run folder %s", config.model.name, f"{parameters:,}", folder)
+    for note in data.notes:
+        log.warning("%s", note)
+
+
+if __name__ == "__main__":
+    main()

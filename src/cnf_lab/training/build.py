@@ -1,0 +1,178 @@
+"""From a configuration to data, flow, LightningModule and Trainer.
+
+Hydra's ``instantiate`` is the only registry. What is added here are the values that one part
+needs of another (the event shape, for example), checks that the parts fit together, and
+errors that name the option instead of a chain of exceptions.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import LearningRateMonitor
+from torch import Tensor
+
+from cnf_lab.data import FlowDataModule
+from cnf_lab.errors import ConfigError, LabError
+from cnf_lab.flows import ContextScaler, Flow, Preprocess
+from cnf_lab.models import FlowModule
+
+
+def build(config: DictConfig | dict[str, Any], what: str, **values: Any) -> Any:
+    """Instantiate a node of the configuration, lists and dicts as plain ones.
+
+    Args:
+        config: The node.
+        what: Name of the option group, for messages.
+        **values: Arguments that come from other parts.
+
+    Raises:
+        LabError: As the part raised it.
+        ConfigError: If the part cannot be made with these options.
+    """
+    try:
+        # The values join at the call: inside instantiate they would be copied and searched for targets.
+        return instantiate(config, _partial_=True, _convert_="all")(**values)
+    except Exception as failure:
+        cause = _root(failure)
+        if isinstance(cause, LabError):
+            raise cause from None
+        raise ConfigError(
+            f"Expected options of {what} that make a {_target(config)}, got {type(cause).__name__}: "
+            f"{' '.join(str(cause).split())}. See the options with --help."
+        ) from failure
+
+
+def build_factory(config: DictConfig | dict[str, Any], what: str) -> Callable[..., Any]:
+    """Return a function that builds a fresh part of a node from further values."""
+
+    def factory(**values: Any) -> Any:
+        return build(config, what, **values)
+
+    return factory
+
+
+def build_data(config: DictConfig) -> FlowDataModule:
+    """Build the data module and load its splits."""
+    data = build(config.dataset, "dataset")
+    data.setup()
+    return data
+
+
+def build_flow(config: DictConfig, event_shape: Iterable[int], context_features: int) -> Flow:
+    """Build the flow of a configuration for events of a shape.
+
+    Args:
+        config: The whole configuration.
+        event_shape: Shape of one event.
+        context_features: Number of conditioning columns; 0 for none.
+    """
+    event_shape = tuple(event_shape)
+    solver, evaluation_solver = build_solvers(config.solver)
+    model = _without(config.model, "name", "module", "evaluation_trace")
+    return build(
+        model,
+        "model",
+        event_shape=event_shape,
+        context_features=context_features,
+        field=build_factory(config.architecture, "architecture"),
+        solver=solver,
+        evaluation_solver=evaluation_solver,
+        divergence=build(config.trace, "trace"),
+        evaluation_divergence=build(config.model.evaluation_trace, "model.evaluation_trace"),
+        preprocess=build_factory(config.preprocess, "preprocess"),
+        normalisation=build_factory(config.normalisation, "normalisation") if config.normalisation else None,
+    )
+
+
+def build_solvers(config: DictConfig) -> tuple[Any, Any]:
+    """Build the solver of training and the one of evaluation, which changes some of its options."""
+    training = _without(config, "evaluation")
+    evaluation = {**training, **_without(config.evaluation)}
+    return build(training, "solver"), build(evaluation, "solver.evaluation")
+
+
+def fit_preprocess(flow: Flow, data: FlowDataModule) -> None:
+    """Fit the fixed layers of a fresh flow to the training split."""
+    for part in flow.modules():
+        if isinstance(part, Preprocess):
+            part.fit(batch for batch, _ in _training_rows(data))
+        elif isinstance(part, ContextScaler):
+            part.fit(context for _, context in _training_rows(data) if context is not None)
+
+
+def build_module(config: DictConfig, flow: Flow, data: FlowDataModule) -> FlowModule:
+    """Build the LightningModule around a flow; its checkpoints can rebuild the flow alone."""
+    regularisers = {name: build(node, "regulariser") for name, node in config.regulariser.items()}
+    rebuild = {
+        "config": plain(config),
+        "event_shape": list(data.event_shape),
+        "context_features": data.context_features,
+        "data": data.describe(),
+    }
+    return build(
+        config.model.module,
+        "model.module",
+        flow=flow,
+        objective=build(config.objective, "objective", regularisers=regularisers),
+        optimiser=build_factory(config.optimiser, "optimiser"),
+        schedule=build_factory(config.schedule, "schedule"),
+        seed=config.seed,
+        rebuild=rebuild,
+    )
+
+
+def build_trainer(config: DictConfig) -> pl.Trainer:
+    """Build the Trainer with its callbacks and loggers.
+
+    A terminal gets progress bars; a file gets a line per epoch from the callback for it.
+    """
+    loggers = [build(node, f"logger.{name}") for name, node in config.logger.items() if OmegaConf.is_dict(node)]
+    callbacks = [build(node, f"callbacks.{name}") for name, node in config.callbacks.items() if node]
+    if not loggers:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    return build(
+        config.trainer,
+        "trainer",
+        callbacks=callbacks,
+        logger=loggers or False,
+        default_root_dir=config.paths.run,
+        enable_progress_bar=sys.stdout.isatty(),
+    )
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Return a configuration as resolved dicts and lists of primitives."""
+    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _training_rows(data: FlowDataModule) -> Iterator[tuple[Tensor, Tensor | None]]:
+    # A fixed number of rows stands for generated data, which have no end.
+    rows = data.splits.train
+    count, size = len(rows), 65536
+    for start in range(0, count, size):
+        batch = rows.__getitems__(range(start, min(start + size, count)))
+        yield batch.x, batch.context
+
+
+def _without(config: DictConfig, *keys: str) -> dict[str, Any]:
+    # Interpolations are resolved first: they may point at the keys left out.
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): copy.copy(value) for key, value in container.items() if key not in keys}
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None and not isinstance(error, LabError):
+        error = error.__cause__
+    return error
+
+
+def _target(config: DictConfig | dict[str, Any]) -> str:
+    return str(config.get("_target_", "part")).rsplit(".", 1)[-1]

@@ -1,0 +1,181 @@
+"""What the commands share: Hydra's start, ``resume=``, and errors in one line.
+
+A user's mistake never ends in a traceback: the closest names are offered instead. Set
+HYDRA_FULL_ERROR=1 to see the traceback all the same.
+"""
+
+import difflib
+import logging
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cnf_lab.errors import ConfigError, LabError
+
+log = logging.getLogger("cnf_lab")
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
+OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w=.,-]+", "-", str(text))[:100], replace=True)
+
+
+def config_folder() -> Path:
+    """Return the folder of the configuration: inside an installed package, else the repository's."""
+    package = Path(__file__).parent.parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent.parent / "conf"
+
+
+def run_command(task: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Run a task under Hydra with the command line's overrides; exit with 2 on a user's mistake.
+
+    Args:
+        task: Function of the composed configuration.
+        config_name: Name of the primary configuration.
+    """
+    failures: list[Exception] = []
+
+    def guarded(config: DictConfig) -> Any:
+        # Hydra prints a line of its own for an error that it sees, and a multirun would end
+        # there. A failed job counts as infinitely bad, and the next one runs.
+        try:
+            return task(config)
+        except Exception as error:
+            failures.append(error)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                log.error("This job failed: %s", " ".join(str(error).split()), exc_info=not _for_user(error))
+            return math.inf
+
+    _quieten()
+    traceback_wanted = os.environ.get(FULL_ERROR) == "1"
+    # Makes Hydra raise instead of printing and exiting, so that the message is ours.
+    os.environ[FULL_ERROR] = "1"
+    try:
+        sys.argv[1:] = _resumed(sys.argv[1:])
+        hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(guarded)()
+        if failures:
+            raise failures[0]
+    except Exception as error:
+        if traceback_wanted or not _for_user(error):
+            raise
+        print(f"error: {explain(error, sys.argv[1:], config_name)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _quieten() -> None:
+    # Lightning's hints about hardware and products, and its own use of a deprecated torch type.
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def _for_user(error: BaseException) -> bool:
+    return isinstance(error, LabError | HydraException | OmegaConfBaseException)
+
+
+def explain(error: BaseException, arguments: Sequence[str], config_name: str) -> str:
+    """Return one line for an error: what was given, what there is, what to type."""
+    while not isinstance(error, LabError) and isinstance(error.__cause__, LabError):
+        error = error.__cause__
+    if isinstance(error, LabError):
+        return " ".join(str(error).split())
+    for argument in arguments:
+        unknown = _unknown(argument, config_name)
+        if unknown:
+            return unknown
+    text = str(error) if error.__cause__ is None else f"{error} {error.__cause__}"
+    return " ".join(text.split())
+
+
+def _resumed(arguments: list[str]) -> list[str]:
+    """Turn ``resume=<run>`` into Hydra's own options for running a saved configuration again."""
+    resumed = [argument for argument in arguments if argument.startswith("resume=")]
+    if not resumed or resumed[-1] == "resume=null":
+        return arguments
+    folder = Path(resumed[-1].partition("=")[2]).resolve()
+    if not (folder / "checkpoints" / "last.ckpt").is_file() or not (folder / ".hydra" / "config.yaml").is_file():
+        raise ConfigError(
+            f"Expected resume to be a run folder with .hydra/config.yaml and checkpoints/last.ckpt, got {folder}. "
+            "Type resume=outputs/<model>/<data set>/<time>."
+        )
+    others = [argument for argument in arguments if argument not in resumed]
+    if {"-m", "--multirun"} & set(others):
+        raise ConfigError("Expected resume to continue one run, got it with --multirun. Leave out -m.")
+    saved = ["--config-path", str(folder / ".hydra"), "--config-name", "config"]
+    return [*saved, *others, f"resume={folder}", f"hydra.run.dir={folder}"]
+
+
+def _unknown(argument: str, config_name: str) -> str | None:
+    """Explain what is unknown about one override, or None where it is known."""
+    match = re.match(r"^[+~]{0,2}([\w/.@-]+)=(.*)$", argument)
+    if not match or argument.startswith("hydra"):
+        return None
+    key, value = match.group(1).split("@")[0], match.group(2)
+    groups = _groups()
+    if key in groups:
+        values = [item.strip("'\"[] ") for item in value.split(",")]
+        wrong = [item for item in values if item and item not in (*groups[key], "null")]
+        return _expected(f"{key} to be one of", wrong[0], groups[key], f"{key}=") if wrong else None
+    keys = _keys(config_name)
+    if key in keys or argument.startswith(("+", "~")):
+        return None
+    names = sorted({*keys, *groups})
+    return _expected("an option that exists, such as", key, _closest(key, names, 5), "", "=" + value)
+
+
+def _expected(what: str, given: str, choices: Sequence[str], before: str = "", after: str = "") -> str:
+    closest = _closest(given, choices, 1)
+    typed = f" Type {before}{closest[0]}{after}." if closest else ""
+    return f"Expected {what} {', '.join(choices)}; got {given}.{typed}"
+
+
+def _closest(given: str, choices: Sequence[str], count: int) -> list[str]:
+    def likeness(choice: str) -> float:
+        whole = difflib.SequenceMatcher(None, given, choice).ratio()
+        return max(whole, difflib.SequenceMatcher(None, given.split(".")[-1], choice.split(".")[-1]).ratio() - 0.05)
+
+    return sorted(choices, key=lambda choice: -likeness(choice))[:count]
+
+
+def _groups() -> dict[str, list[str]]:
+    """Return the option groups with their options."""
+    folder = config_folder()
+    groups: dict[str, list[str]] = {}
+    for file in sorted(folder.glob("*/**/*.yaml")):
+        group = file.parent.relative_to(folder).as_posix()
+        groups.setdefault(group, []).append(file.stem)
+        top = file.relative_to(folder).parts[0]
+        if top == "experiment" and group != top:
+            groups.setdefault(top, []).append(file.relative_to(folder / top).with_suffix("").as_posix())
+    return groups
+
+
+def _keys(config_name: str) -> set[str]:
+    """Return all keys of the default configuration, dotted."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return set(_dotted(OmegaConf.to_container(compose(config_name), resolve=False)))
+
+
+def _dotted(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    names = []
+    for key, value in node.items():
+        names += [f"{prefix}{key}", *_dotted(value, f"{prefix}{key}.")]
+    return names

@@ -1,0 +1,125 @@
+"""The run folder: what is written there, and how a flow comes back from it."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from cnf_lab.errors import ConfigError, DataError
+from cnf_lab.flows import Flow
+from cnf_lab.training.build import build_flow, plain
+
+CHECKPOINTS = ("best.ckpt", "last.ckpt")
+PACKAGES = ("cnf_lab", "torch", "pytorch-lightning", "torchdiffeq", "hydra-core", "numpy")
+
+
+def save_config(config: DictConfig, folder: Path) -> None:
+    """Write the configuration with every interpolation resolved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config_resolved.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file; numbers that are not finite become null, which every reader takes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Return what a number depends on besides data and configuration."""
+    return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "git": _git_state(),
+    }
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint that a run folder or a file stands for: the best, else the last.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in CHECKPOINTS:
+        if (path / "checkpoints" / name).is_file():
+            return path / "checkpoints" / name
+    found = "an empty or unfinished run" if path.is_dir() else "no such folder"
+    raise ConfigError(
+        f"Expected a run folder with checkpoints/best.ckpt or a checkpoint file, got {path} ({found}). "
+        "Type run=outputs/<model>/<data set>/<time>."
+    )
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of the lab: tensors and plain values only.
+
+    Raises:
+        DataError: If the file is damaged or not one of the lab's.
+    """
+    file = find_checkpoint(path)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint["hyper_parameters"]["event_shape"]
+    except Exception as failure:
+        raise DataError(
+            f"Expected a checkpoint written by cnf_lab, got {file} ({str(failure).splitlines()[0] or type(failure)}). "
+            "Choose another run=..., or train again."
+        ) from failure
+    return checkpoint
+
+
+def restore_flow(path: str | Path) -> tuple[Flow, dict[str, Any]]:
+    """Rebuild a flow from its checkpoint alone.
+
+    Args:
+        path: A run folder or a checkpoint file.
+
+    Returns:
+        The flow in evaluation mode, and the plain values it was rebuilt from.
+    """
+    checkpoint = load_checkpoint(path)
+    rebuild = checkpoint["hyper_parameters"]
+    flow = build_flow(OmegaConf.create(rebuild["config"]), rebuild["event_shape"], rebuild["context_features"])
+    prefix = "flow."
+    state = {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    flow.load_state_dict(state)
+    return flow.eval(), rebuild
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not (abs(value) < float("inf")):
+        return None
+    return value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state() -> str | None:
+    # The state of the checkout that the code lies in, if it is one.
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
