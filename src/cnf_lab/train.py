@@ -7,15 +7,18 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cnf_lab.data import FlowDataModule
+from cnf_lab.models import FlowModule
 from cnf_lab.training import tracking
 from cnf_lab.training.build import build_data, build_flow, build_module, build_trainer, fit_preprocess, plain
 from cnf_lab.training.command import run_command
 from cnf_lab.training.relaunch import one_job
-from cnf_lab.training.run import environment, save_config, write_json
+from cnf_lab.training.run import environment, load_checkpoint, save_config, write_json
 
 log = logging.getLogger("cnf_lab")
+TERMINATED = 143  # what a shell reports for SIGTERM
 
 
 def train(config: DictConfig) -> float:
@@ -47,14 +50,13 @@ def train(config: DictConfig) -> float:
         last = str(folder / "checkpoints" / "last.ckpt") if config.resume else None
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
         metrics = numbers(trainer)
-        if config.test and not trainer.interrupted:
-            trainer.test(module, data, ckpt_path=best_checkpoint(trainer), weights_only=True, verbose=False)
+        if config.test:
+            load_best(module, trainer)
+            trainer.test(module, data, verbose=False)
             metrics |= numbers(trainer)
-        failed = trainer.interrupted
+        failed = False
     finally:
         tracking.finish(trainer.loggers, failed)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     if trainer.is_global_zero:
         report(config, data, metrics, folder)
     return metrics.get(module.monitor, math.inf)
@@ -65,6 +67,10 @@ def job(config: DictConfig) -> float:
     with one_job("cnf_lab.train"):
         try:
             return train(config)
+        except SystemExit as stop:
+            log.warning("Stopped. To go on from the last epoch's end: resume=%s", config.paths.run)
+            # Lightning leaves in this way on a signal, after SIGTERM with the code of a success.
+            raise SystemExit(TERMINATED if stop.code is None else stop.code) from None
         except Exception as error:
             (Path(config.paths.run) / "FAILED").write_text(f"{type(error).__name__}: {error}\n")
             raise
@@ -78,16 +84,27 @@ def main() -> None:
 def numbers(trainer: pl.Trainer) -> dict[str, float]:
     """Return the metrics that the last stage left, the watched one at its best."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    for callback in trainer.checkpoint_callbacks:
+    for callback in watching(trainer):
         if callback.monitor in metrics and callback.best_model_score is not None:
             metrics[callback.monitor] = float(callback.best_model_score)
     return metrics
 
 
-def best_checkpoint(trainer: pl.Trainer) -> str | None:
-    """Return the best checkpoint's path; None (the current weights) where nothing was watched."""
-    paths = (callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.monitor)
-    return next(filter(None, paths), None)
+def watching(trainer: pl.Trainer) -> list[ModelCheckpoint]:
+    """Return the checkpoint callbacks that keep the best of something."""
+    callbacks = trainer.checkpoint_callbacks
+    return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint) and callback.monitor]
+
+
+def load_best(module: FlowModule, trainer: pl.Trainer) -> None:
+    """Give a module the weights of the best checkpoint; without one it keeps its last.
+
+    Not by ``trainer.test(ckpt_path=...)``: where weights are averaged, Lightning would load
+    the live ones, while validation and the checkpoint's choice went by the averaged ones.
+    """
+    best = next((callback.best_model_path for callback in watching(trainer) if callback.best_model_path), None)
+    if best is not None:
+        module.load_state_dict(load_checkpoint(best)["state_dict"])
 
 
 def report(config: DictConfig, data: FlowDataModule, metrics: dict[str, float], folder: Path) -> None:

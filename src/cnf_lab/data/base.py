@@ -44,9 +44,7 @@ class ArrayRows(Dataset[Batch]):
         indices: Row numbers that belong to this split; None means all of them.
     """
 
-    def __init__(
-        self, array: np.ndarray, context: np.ndarray | None = None, indices: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, array: np.ndarray, context: np.ndarray | None = None, indices: np.ndarray | None = None) -> None:
         self.array, self.context, self.indices = array, context, indices
 
     def __len__(self) -> int:
@@ -165,7 +163,7 @@ class ShardSampler(Sampler[int]):
         return iter(self.indices)
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     # A named function, not a lambda, so that worker processes can pickle it.
     return batch
 

@@ -18,16 +18,25 @@ EXTENT = 4.0
 class Distribution(ABC):
     """A density in the plane that rows can be drawn from."""
 
-    #: Differential entropy in nats, where it is known.
-    entropy: float | None = None
     #: What every number from this density must say.
     note: str | None = None
     #: The log-density in nats, rows (rows, 2) to (rows,), where there is one and it is known.
     log_density: LogDensity | None = None
 
+    @property
+    def entropy(self) -> float | None:
+        """Differential entropy in nats, where it is known."""
+        return None
+
     @abstractmethod
     def draw(self, rows: int, rng: np.random.Generator) -> np.ndarray:
         """Draw rows with shape (rows, 2), float64."""
+
+
+def in_pieces(log_density: LogDensity, x: np.ndarray, width: int) -> np.ndarray:
+    """Apply a function of rows piece by piece, where each row needs ``width`` numbers on the way."""
+    rows = max(1, 2**20 // width)
+    return np.concatenate([log_density(x[start : start + rows]) for start in range(0, max(len(x), 1), rows)])
 
 
 class DrawnRows(Dataset[Batch]):

@@ -99,15 +99,11 @@ class Bsds300Patches(FlowDataModule):
     ) -> None:
         super().__init__(name, batch_size, evaluation_batch_size, steps_per_epoch, num_workers, seed)
         if split not in SPLITS:
-            raise ConfigError(
-                f"Expected dataset.split of {', '.join(SPLITS)}, got {split}. Type dataset.split=auto."
-            )
+            raise ConfigError(f"Expected dataset.split of {', '.join(SPLITS)}, got {split}. Type dataset.split=auto.")
         counts = {"train_patches": train_patches, "val_patches": val_patches, "test_patches": test_patches}
         for option, value in counts.items():
             if value < 1:
-                raise ConfigError(
-                    f"Expected dataset.{option} of at least 1, got {value}. Type dataset.{option}=50000."
-                )
+                raise ConfigError(f"Expected dataset.{option} of at least 1, got {value}. Type dataset.{option}=50000.")
         if patch_seed < 0:
             raise ConfigError(
                 f"Expected dataset.patch_seed of at least 0, got {patch_seed}. Type dataset.patch_seed=0."
@@ -187,7 +183,7 @@ def _take(
     number = default if asked is None else round(asked * total) if isinstance(asked, float) else asked
     if not 1 <= number <= len(pool):
         raise ConfigError(
-            f"Expected dataset.{option} of 1 to {len(pool)} photographs, which are left, or a fraction of all "
+            f"Expected dataset.{option} of 1 to {len(pool)} photographs (those left) or a fraction of all "
             f"{total}, got {number if asked is None else asked}. Type dataset.{option}=null for the default."
         )
     return pool[:number], pool[number:]

@@ -282,9 +282,7 @@ class Bsds300(MafDataModule):
 
         try:
             with h5py.File(files[0]) as file:
-                train, val, test = (
-                    file[group].astype(np.float32)[:] for group in ("train", "validation", "test")
-                )
+                train, val, test = (file[group].astype(np.float32)[:] for group in ("train", "validation", "test"))
         except (OSError, KeyError, AttributeError) as error:
             raise _damaged(files[0], error) from error
         return train, val, test
@@ -368,8 +366,7 @@ def _read_signal(path: Path, names: list[str] | None = None) -> tuple[list[str],
 def _damaged(path: Path, reason: object) -> DataError:
     text = str(reason).split("\n")[0]
     return DataError(
-        f"Expected the published file at {path}, got {text}. Delete it and start again, or place a whole "
-        "copy there."
+        f"Expected the published file at {path}, got {text}. Delete it and start again, or place a whole copy there."
     )
 
 

@@ -90,9 +90,7 @@ class BottleneckField(VectorField):
         return self.decode(t, self.encode(t, x, context), context)
 
 
-def value_and_jvp(
-    function: Callable[[Tensor], Tensor], x: Tensor, tangents: Tensor
-) -> tuple[Tensor, Tensor]:
+def value_and_jvp(function: Callable[[Tensor], Tensor], x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
     r"""Evaluate a function and push k tangents through it in one batched forward-mode pass.
 
     Args:
@@ -106,10 +104,10 @@ def value_and_jvp(
     tangents = tangents.expand(len(tangents), *x.shape)
 
     def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(function, (x,), (tangent,))
+        return torch.func.jvp(function, (x,), (tangent,))  # type: ignore[return-value]
 
     # The value does not depend on the tangent, so vmap leaves it unbatched and computes it once.
-    return torch.func.vmap(push, out_dims=(None, 0))(tangents)
+    return torch.func.vmap(push, out_dims=(None, 0))(tangents)  # type: ignore[arg-type]
 
 
 def time_column(t: Time) -> Float[Tensor, "rows 1"]:

@@ -7,8 +7,8 @@ References:
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from cnf_lab.errors import ConfigError
@@ -44,14 +44,17 @@ class Stack(nn.Module):
         spectral_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layer(n_in, n_out) for n_in, n_out in pairwise(sizes))
         activated = list(sizes[1:]) if activate_last else list(sizes[1:-1])
-        self.activations = nn.ModuleList(activation() for _ in activated)
-        self.modulations = nn.ModuleList(
+        layers = nn.ModuleList(layer(n_in, n_out) for n_in, n_out in pairwise(sizes))
+        activations = nn.ModuleList(activation() for _ in activated)
+        modulations = nn.ModuleList(
             nn.Linear(context_features, 2 * size, bias=False) for size in activated if context_features
         )
+        self.layers = cast(Sequence[TimeLinear], layers)
+        self.activations = cast(Sequence[Activation], activations)
+        self.modulations = cast(Sequence[nn.Linear], modulations)
         if spectral_norm:
-            SpectralNorm.apply_to(self.layers)
+            SpectralNorm.apply_to(layers)
 
     def maps(self, t: Time, context: Tensor | None) -> list[AffineMap]:
         """Return the layers' affine maps at a time, context folded in."""
@@ -70,7 +73,11 @@ class Stack(nn.Module):
         return x
 
     def value_and_jvp(
-        self, t: Time, x: Float[Tensor, "batch in"], tangents: Float[Tensor, "k rows in"], context: Tensor | None
+        self,
+        t: Time,
+        x: Float[Tensor, "batch in"],
+        tangents: Float[Tensor, "k rows in"],
+        context: Tensor | None,
     ) -> tuple[Float[Tensor, "batch out"], Float[Tensor, "k rows_out out"]]:
         """Apply the stack to x and its derivative to the tangents, layer by layer."""
         for index, affine in enumerate(self.maps(t, context)):

@@ -7,6 +7,7 @@ from cnf_lab.flows.base import Mapped as Mapped
 from cnf_lab.flows.base import Transform as Transform
 from cnf_lab.flows.base_density import StandardNormal as StandardNormal
 from cnf_lab.flows.continuous import ContinuousFlow as ContinuousFlow
+from cnf_lab.flows.density import density_flow as density_flow
 from cnf_lab.flows.normalisation import ActNorm as ActNorm
 from cnf_lab.flows.normalisation import MovingBatchNorm as MovingBatchNorm
 from cnf_lab.flows.preprocess import ContextScaler as ContextScaler
@@ -14,4 +15,3 @@ from cnf_lab.flows.preprocess import NoPreprocess as NoPreprocess
 from cnf_lab.flows.preprocess import Preprocess as Preprocess
 from cnf_lab.flows.preprocess import Standardise as Standardise
 from cnf_lab.flows.preprocess import Whiten as Whiten
-from cnf_lab.flows.density import density_flow as density_flow

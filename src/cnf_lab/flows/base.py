@@ -7,13 +7,15 @@ gives likelihoods, :meth:`Transform.push_forward` goes from latent to data and g
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from cnf_lab.flows.base_density import StandardNormal
-from cnf_lab.ode import SolveStats
+from cnf_lab.ode import OdeSolver, SolveStats
 from cnf_lab.shapes import Float
+from cnf_lab.trace import DivergenceEstimator
 
 #: A quantity to integrate over time along with a solve, one number per example:
 #: (t, x, dx/dt, divergence) -> (batch,).
@@ -78,6 +80,9 @@ class Transform(nn.Module, ABC):
             with_log_det: Whether log_det is wanted; without, samples cost less and it is zero.
         """
 
+    def set_evaluation(self, solver: OdeSolver, divergence: DivergenceEstimator) -> None:
+        """Choose the solver and the divergence estimator of evaluation mode, where there is a solve."""
+
     def trajectory(self, z: Tensor, context: Tensor | None = None, points: int = 2) -> list[Tensor]:
         """Return the states on the way from latent to data, z itself left out.
 
@@ -95,7 +100,7 @@ class Chain(Transform):
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         super().__init__()
-        self.transforms = nn.ModuleList(transforms)
+        self.transforms = cast(Sequence[Transform], nn.ModuleList(transforms))
 
     def pull_back(
         self,
@@ -235,6 +240,12 @@ class Flow(nn.Module):
         """
         self._check(z, context)
         return torch.stack([z, *self.transform.trajectory(z, self._encode(context), points)])
+
+    def set_evaluation(self, solver: OdeSolver, divergence: DivergenceEstimator) -> None:
+        """Choose the solver and the divergence estimator of evaluation mode in every block."""
+        for part in self.modules():
+            if isinstance(part, Transform):
+                part.set_evaluation(solver, divergence)
 
     def _encode(self, context: Tensor | None) -> Tensor | None:
         return context if context is None or self.context_encoder is None else self.context_encoder(context)

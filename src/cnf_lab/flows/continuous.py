@@ -93,6 +93,11 @@ class ContinuousFlow(Transform):
         """Integrate from T to 0."""
         return self._solve(z, self._end, 0.0, context, generator, (), with_log_det)
 
+    def set_evaluation(self, solver: OdeSolver, divergence: DivergenceEstimator) -> None:
+        """Choose the solver and the divergence estimator of evaluation mode."""
+        divergence.check(self.field)
+        self.evaluation_solver, self.evaluation_divergence = solver, divergence
+
     def trajectory(self, z: Tensor, context: Tensor | None = None, points: int = 2) -> list[Tensor]:
         """Return the states at ``points`` equally spaced times from T to 0."""
         times = torch.linspace(self._end, 0.0, points + 1).tolist()
@@ -142,7 +147,7 @@ class ContinuousFlow(Transform):
 
         zeros = tuple(x.new_zeros(len(x)) for _ in range(1 + len(integrands)))
         start = (x, *zeros) if with_log_det else (x,)
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        parameters: list[Tensor] = [p for p in self.parameters() if p.requires_grad]
         if context is not None and context.requires_grad:
             parameters.append(context)
         end, stats = solver.solve(rhs, start, t0, t1, parameters)

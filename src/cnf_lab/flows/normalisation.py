@@ -89,7 +89,10 @@ class MovingBatchNorm(FeatureAffine):
     def __init__(self, event_shape: tuple[int, ...], decay: float = 0.1, epsilon: float = 1e-4) -> None:
         super().__init__(event_shape)
         self.decay, self.epsilon = decay, epsilon
-        self.weight, self.bias = nn.Parameter(torch.zeros(self.features)), nn.Parameter(torch.zeros(self.features))
+        self.weight, self.bias = (
+            nn.Parameter(torch.zeros(self.features)),
+            nn.Parameter(torch.zeros(self.features)),
+        )
         self.mean: Tensor
         self.variance: Tensor
         self.register_buffer("mean", torch.zeros(self.features))
@@ -100,14 +103,14 @@ class MovingBatchNorm(FeatureAffine):
         log_scale = self.weight - 0.5 * torch.log(self.variance + self.epsilon)
         return self.mean - self.bias * torch.exp(-log_scale), log_scale
 
+    @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Move the running statistics towards those of the batch."""
         mean, variance = batch_moments(x)
         decay = torch.where(self.initialised, self.decay, 1.0)
-        # New tensors, not in-place changes: the graph of the last solve may hold the old ones.
-        self.mean = torch.lerp(self.mean, mean, decay)
-        self.variance = torch.lerp(self.variance, variance, decay)
-        self.initialised = torch.ones_like(self.initialised)
+        self.mean.lerp_(mean, decay)
+        self.variance.lerp_(variance, decay)
+        self.initialised.fill_(True)
 
 
 class ActNorm(FeatureAffine):
@@ -136,7 +139,7 @@ class ActNorm(FeatureAffine):
         mean, variance = batch_moments(x)
         self.shift.copy_(mean)
         self.log_scale.copy_(-0.5 * torch.log(variance + self.epsilon))
-        self.initialised = torch.ones_like(self.initialised)
+        self.initialised.fill_(True)
 
 
 @torch.no_grad()

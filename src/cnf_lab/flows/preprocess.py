@@ -24,6 +24,9 @@ class Preprocess(Transform):
     def __init__(self, event_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.event_shape = tuple(event_shape)
+        # The dtype that the flow works in, whatever the data's; follows flow.double().
+        self._anchor: Tensor
+        self.register_buffer("_anchor", torch.zeros(()), persistent=False)
 
     @abstractmethod
     def fit(self, batches: Iterable[Tensor]) -> None:
@@ -43,8 +46,8 @@ class NoPreprocess(Preprocess):
         generator: torch.Generator | None = None,
         integrands: Sequence[Integrand] = (),
     ) -> Mapped:
-        """Return x."""
-        return Mapped(x, x.new_zeros(len(x)))
+        """Return x in the flow's dtype."""
+        return Mapped(x.to(self._anchor), self._anchor.expand(len(x)))
 
     def push_forward(
         self,
@@ -75,9 +78,6 @@ class LinearPreprocess(Preprocess):
         self.register_buffer("matrix", torch.eye(size, dtype=torch.float64))
         self.register_buffer("inverse", torch.eye(size, dtype=torch.float64))
         self.register_buffer("log_abs_det", torch.zeros((), dtype=torch.float64))
-        # The dtype that the flow works in; follows flow.double() and the like.
-        self._anchor: Tensor
-        self.register_buffer("_anchor", torch.zeros(()), persistent=False)
 
     @abstractmethod
     def whitener(self, covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from pytorch_lightning.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -80,12 +80,24 @@ class FlowModule(pl.LightningModule):
         with backward_failures():
             loss.backward(*args, **kwargs)
 
+    def on_train_start(self) -> None:
+        """Let schedules step with the last batch of an epoch.
+
+        Lightning's own interval "epoch" steps them after the epoch's checkpoint is written, and
+        a resumed run would miss that step.
+        """
+        for config in self.trainer.lr_scheduler_configs:
+            config.frequency = int(self.trainer.num_training_batches)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimiser and its schedule."""
         optimiser = self._optimiser(params=[p for p in self.parameters() if p.requires_grad])
         if self._schedule is None:
             return optimiser
-        return {
-            "optimizer": optimiser,
-            "lr_scheduler": {"scheduler": self._schedule(optimizer=optimiser), "interval": "epoch", "monitor": self.monitor},
+        schedule: LRSchedulerConfigType = {
+            "scheduler": self._schedule(optimizer=optimiser),
+            "interval": "step",  # once per epoch all the same: see on_train_start
+            "monitor": self.monitor,
+            "strict": False,  # the first epochs may go without validation
         }
+        return {"optimizer": optimiser, "lr_scheduler": schedule}

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from torch import nn
-
 from cnf_lab.data import Batch
 from cnf_lab.metrics import MeanWithError
 from cnf_lab.models.base import FlowModule
@@ -18,7 +16,7 @@ class DensityModule(FlowModule):
 
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
-        self.nll = nn.ModuleDict({stage: MeanWithError() for stage in ("val", "test")})
+        self.val_nll, self.test_nll = MeanWithError(), MeanWithError()
 
     def training_step(self, batch: Batch, step: int) -> dict[str, Any]:
         """Evaluate the objective on a batch."""
@@ -26,22 +24,22 @@ class DensityModule(FlowModule):
 
     def validation_step(self, batch: Batch, step: int) -> None:
         """Add a validation batch to the mean."""
-        self._evaluate("val", batch, step)
+        self._evaluate("val", self.val_nll, batch, step)
 
     def test_step(self, batch: Batch, step: int) -> None:
         """Add a test batch to the mean."""
-        self._evaluate("test", batch, step)
+        self._evaluate("test", self.test_nll, batch, step)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation NLL."""
-        self.log_mean("val", "nll", self.nll["val"])
+        self.log_mean("val", "nll", self.val_nll)
 
     def on_test_epoch_end(self) -> None:
         """Log the test NLL."""
-        self.log_mean("test", "nll", self.nll["test"])
+        self.log_mean("test", "nll", self.test_nll)
 
-    def _evaluate(self, stage: str, batch: Batch, step: int) -> None:
+    def _evaluate(self, stage: str, metric: MeanWithError, batch: Batch, step: int) -> None:
         mapped = self.flow.pull_back(batch.x, batch.context, self.step_generator(stage, step))
-        self.nll[stage].update(-self.flow.base.log_prob(mapped.value) - mapped.log_det)
+        metric.update(-self.flow.base.log_prob(mapped.value) - mapped.log_det)
         nfe = SolveStats.total(mapped.solves).nfe_forward
         self.log(f"{stage}/nfe", float(nfe), batch_size=len(batch.x), sync_dist=True)

@@ -29,9 +29,7 @@ class Objective(ABC):
     """What training minimises."""
 
     @abstractmethod
-    def __call__(
-        self, flow: Flow, x: Tensor, context: Tensor | None, generator: torch.Generator | None
-    ) -> LossTerms:
+    def __call__(self, flow: Flow, x: Tensor, context: Tensor | None, generator: torch.Generator | None) -> LossTerms:
         """Evaluate the objective on a batch.
 
         Args:

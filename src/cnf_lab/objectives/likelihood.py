@@ -20,9 +20,7 @@ class Likelihood(Objective):
     def __init__(self, regularisers: Mapping[str, Regulariser] | None = None) -> None:
         self.regularisers = dict(regularisers or {})
 
-    def __call__(
-        self, flow: Flow, x: Tensor, context: Tensor | None, generator: torch.Generator | None
-    ) -> LossTerms:
+    def __call__(self, flow: Flow, x: Tensor, context: Tensor | None, generator: torch.Generator | None) -> LossTerms:
         """Return the loss with the terms ``nll`` (nats) and one per regulariser."""
         mapped = flow.pull_back(x, context, generator, list(self.regularisers.values()))
         nll = -(flow.base.log_prob(mapped.value) + mapped.log_det)

@@ -145,7 +145,12 @@ class TorchdiffeqSolver(OdeSolver):
         options["norm"] = ERROR_NORMS[self.error_norm]
         if self.steps is not None:
             options["grid_constructor"] = _equal_steps(self.steps)
-        settings: dict[str, Any] = {"atol": self.atol, "rtol": self.rtol, "method": self.method, "options": options}
+        settings: dict[str, Any] = {
+            "atol": self.atol,
+            "rtol": self.rtol,
+            "method": self.method,
+            "options": options,
+        }
         if self.gradient == "direct" or not torch.is_grad_enabled():
             return torchdiffeq.odeint(observed, state, times, **settings)
         backward = {name: value for name, value in options.items() if name != "norm"}

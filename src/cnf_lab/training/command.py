@@ -64,7 +64,7 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str) -> None:
     # Makes Hydra raise instead of printing and exiting, so that the message is ours.
     os.environ[FULL_ERROR] = "1"
     try:
-        sys.argv[1:] = _resumed(sys.argv[1:])
+        sys.argv[1:] = _resumed(_flags_first(sys.argv[1:]))
         hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(guarded)()
         if failures:
             raise failures[0]
@@ -100,6 +100,12 @@ def explain(error: BaseException, arguments: Sequence[str], config_name: str) ->
             return unknown
     text = str(error) if error.__cause__ is None else f"{error} {error.__cause__}"
     return " ".join(text.split())
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    # argparse takes overrides from one side of -m only.
+    flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    return flags + [argument for argument in arguments if argument not in flags]
 
 
 def _resumed(arguments: list[str]) -> list[str]:

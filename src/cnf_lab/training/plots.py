@@ -1,32 +1,32 @@
 """Figures of a density, its samples and its training: flows and arrays in, matplotlib figures out.
 
-Blue is always data and orange always the flow. Figures belong to nobody's global state: they
-are freed like any other object.
+Solves run in evaluation mode without gradients, and random numbers come from a generator that is
+handed in, or from one of their own that always starts the same: a flow in training does not notice.
 """
 
 import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cnf_lab.flows import Flow
+from cnf_lab.training import panels
+from cnf_lab.training.panels import DATA, FLOW, INK, PALE, Window
 
 if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.figure
 
-#: Rows and columns (x min, x max, y min, y max) that a plot of two columns shows.
-Window = tuple[float, float, float, float]
+#: The log-density of rows (rows, columns) in nats.
+LogDensity = Callable[[np.ndarray], np.ndarray]
 
-DATA, FLOW, INK, PALE = "#0072B2", "#D55E00", "#222222", "#B8B8B8"  # the first two: Okabe and Ito (2008)
-DENSITY = "magma"
-BINS = 50
 CHUNK = 5000  # rows per solve
 CONDITIONS = 3  # densities shown of a conditional flow
 LINES = 200  # trajectories drawn as lines
@@ -51,14 +51,13 @@ def evaluating(flow: Flow) -> Iterator[None]:
 def draw_samples(
     flow: Flow, n: int, context: Tensor | None = None, generator: torch.Generator | None = None
 ) -> np.ndarray:
-    """Draw n rows from a flow; several rows of context are used in turn."""
-    anchor = _anchor(flow)
-    generator = generator or torch.Generator(anchor.device).manual_seed(0)
+    """Draw n rows from a flow, the same number for each row of context as far as possible."""
+    anchor, generator = _anchor(flow), generator or _generator(flow)
     parts = []
     with evaluating(flow):
         for numbers in torch.arange(n).split(CHUNK):
-            given = None if context is None else context[numbers % len(context)].to(anchor)
-            parts.append(flow.sample(len(numbers), given, generator).cpu().numpy())
+            given = None if context is None else context[numbers * len(context) // n].to(anchor)
+            parts.append(flow.sample(len(numbers), given, generator).double().cpu().numpy())
     return np.concatenate(parts)
 
 
@@ -66,8 +65,7 @@ def log_density(
     flow: Flow, rows: np.ndarray, context: Tensor | None = None, generator: torch.Generator | None = None
 ) -> np.ndarray:
     """Return the log-density of each row in nats, under one row of context where there is one."""
-    anchor = _anchor(flow)
-    generator = generator or torch.Generator(anchor.device).manual_seed(0)
+    anchor, generator = _anchor(flow), generator or _generator(flow)
     parts = []
     with evaluating(flow):
         for x in torch.as_tensor(rows).split(CHUNK):
@@ -76,10 +74,23 @@ def log_density(
     return np.concatenate(parts)
 
 
-def window_of(rows: np.ndarray) -> Window:
-    """Return a window that leaves out at most the outermost 0.1 % of the rows at each edge of two columns."""
-    (left, right), (bottom, top) = _range(rows[:, 0]), _range(rows[:, 1])
-    return left, right, bottom, top
+def trajectory(
+    flow: Flow, n: int, points: int, context: Tensor | None = None, generator: torch.Generator | None = None
+) -> np.ndarray:
+    """Return the states (times, n, columns) of n rows from latent to data, under one row of context."""
+    anchor, generator = _anchor(flow), generator or _generator(flow)
+    given = None if context is None else context.to(anchor).expand(n, -1)
+    with evaluating(flow):
+        return flow.trajectory(flow.base.sample(n, generator), given, points).double().cpu().numpy()
+
+
+def _anchor(flow: Flow) -> Tensor:
+    # No rows, but the device and dtype of those that the flow makes.
+    return flow.base.sample(0)
+
+
+def _generator(flow: Flow) -> torch.Generator:
+    return torch.Generator(_anchor(flow).device).manual_seed(0)
 
 
 # -- figures of one and two columns ---------------------------------------------------------------
@@ -88,7 +99,7 @@ def window_of(rows: np.ndarray) -> Window:
 def density_1d(
     flow: Flow,
     rows: np.ndarray,
-    truth: Callable[[np.ndarray], np.ndarray] | None = None,
+    truth: LogDensity | None = None,
     context: Tensor | None = None,
     resolution: int = 400,
     samples: int = 2000,
@@ -100,28 +111,27 @@ def density_1d(
     Args:
         flow: The density.
         rows: Data (rows, 1).
-        truth: The true log-density of rows.
-        context: Conditions (conditions, features): samples take them in turn, densities are
+        truth: The true log-density.
+        context: Conditions (conditions, features): samples are shared among them, and densities
             drawn for up to three of them.
         resolution: Points of the line.
         samples: Number of samples.
         generator: Source of the samples.
         name: Name of the column.
     """
-    low, high = _range(rows[:, 0])
+    low, high = panels.limits_of(rows[:, 0], 0.001)
     x = np.linspace(low, high, resolution)[:, None]
-    figure = _figure(5.2, 3.4)
+    figure = panels.new_figure(5.2, 3.4)
     axes = figure.add_subplot()
-    _histograms(axes, rows[:, 0], draw_samples(flow, samples, context, generator)[:, 0], (low, high))
-    conditions = _conditions(context)
-    for condition, style in zip(conditions, ("-", "--", ":"), strict=False):
+    panels.histograms(axes, rows[:, 0], draw_samples(flow, samples, context, generator)[:, 0], (low, high))
+    for condition, style in zip(_conditions(context), ("-", "--", ":"), strict=False):
         density = np.exp(log_density(flow, x, condition, generator))
-        mass = density.mean() * (high - low)
-        axes.plot(x[:, 0], density, style, color=FLOW, label=f"flow{_given(condition)}, mass {mass:.3f}")
+        label = f"flow{_given(condition)}, mass {np.trapezoid(density, x[:, 0]):.3f}"
+        axes.plot(x[:, 0], density, style, color=FLOW, lw=1.8, label=label)
     if truth is not None:
-        axes.plot(x[:, 0], np.exp(truth(x)), "--", color=INK, linewidth=1, label="true density")
-    _dress(axes, xlabel=_names(name and [name], 1)[0], ylabel="density")
-    axes.set(xlim=(low, high), ylim=(0, None))
+        axes.plot(x[:, 0], np.exp(truth(x)), "--", color=INK, lw=1, label="true density")
+    panels.dress(axes, xlabel=name or "$x$", ylabel="density")
+    axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -130,7 +140,7 @@ def density_2d(
     flow: Flow,
     rows: np.ndarray,
     window: Window | None = None,
-    truth: Callable[[np.ndarray], np.ndarray] | None = None,
+    truth: LogDensity | None = None,
     context: Tensor | None = None,
     resolution: int = 200,
     samples: int = 2000,
@@ -139,36 +149,40 @@ def density_2d(
 ) -> "matplotlib.figure.Figure":
     """Draw rows, samples and the density of two columns side by side.
 
-    A density's title carries its mass in the window: 1 where the window holds all of it and
-    the solver did its work.
+    The title of a density carries its mass in the window: 1 where the window holds all of it
+    and the solver did its work. Densities share a colour scale, but those of several
+    conditions have one each.
 
     Args:
         flow: The density.
         rows: Data (rows, 2).
         window: What to show; None takes it from the rows.
-        truth: The true log-density of rows, for a panel of its own.
-        context: Conditions (conditions, features): samples take them in turn, densities are
+        truth: The true log-density, for a panel of its own.
+        context: Conditions (conditions, features): samples are shared among them, and densities
             drawn for up to three of them.
         resolution: Cells of the density along each axis.
         samples: Number of samples.
         generator: Source of the samples.
         names: Names of the columns.
     """
-    window = window or window_of(rows)
-    grid = _grid(window, resolution)
-    densities = {f"flow{_given(c)}": log_density(flow, grid, c, generator) for c in _conditions(context)}
+    window, conditions = window or panels.window_of(rows), _conditions(context)
+    cells = panels.grid(window, resolution)
+    densities = [(f"flow{_given(c)}", np.exp(log_density(flow, cells, c, generator))) for c in conditions]
     if truth is not None:
-        densities["true density"] = truth(grid)
+        densities.append(("true density", np.exp(truth(cells))))
     drawn = draw_samples(flow, samples, context, generator)
-    figure = _figure(2.6 * (2 + len(densities)) + 0.5, 2.6 * _aspect(window) + 0.4)
-    panels = figure.subplots(1, 2 + len(densities), sharey=True)
-    titles = []
-    for axes, title, points, colour in zip(panels, ("data", "samples"), (rows, drawn), (DATA, FLOW), strict=False):
-        titles.append(" ".join((title, _points(axes, points, window, colour))))
-    titles += _densities(figure, panels[2:], densities, window)
-    labels = _names(names, 2)
-    for axes, title in zip(panels, titles, strict=True):
-        _show(axes, title, window, labels[0], labels[1] if axes is panels[0] else "")
+
+    top = max(density.max() for _, density in densities) if len(conditions) == 1 else None
+    width = 2.7 * (2 + len(densities)) + (0.2 if top is None else 0.8)
+    figure = panels.new_figure(width, 2.7 * panels.aspect(window) + 0.45)
+    left, middle, *right = figure.subplots(1, 2 + len(densities), sharey=True)
+    labels = panels.column_labels(names, 2)
+    _scatter(left, "data", rows, window, DATA, labels)
+    _scatter(middle, "samples", drawn, window, FLOW, labels[:1])
+    for axes, (title, density) in zip(right, densities, strict=True):
+        panels.density_image(axes, density, window, top, scale=top is not None and axes is right[-1])
+        mass = density.mean() * panels.area(window)
+        panels.dress_plane(axes, f"{title}, mass {mass:.3f}", window, labels[:1])
     return figure
 
 
@@ -176,7 +190,7 @@ def trajectories_2d(
     flow: Flow,
     n: int = 1000,
     window: Window | None = None,
-    points: int = 24,
+    points: int = 25,
     generator: torch.Generator | None = None,
     context: Tensor | None = None,
     names: Sequence[str] | None = None,
@@ -192,41 +206,60 @@ def trajectories_2d(
         window: What to show of the data; None takes it from the samples.
         points: Times per continuous block.
         generator: Source of the samples.
-        context: Conditions (conditions, features), taken in turn.
+        context: One condition (1, features).
         names: Names of the columns.
     """
-    states = _trajectory(flow, n, points, generator, context)
-    colours = _angle_colours(states[0])
-    windows = _windows(states, window or window_of(states[-1]))
-    labels = _names(names, 2)
-    figure = _figure(11.2, 4.6)
-    panels = figure.subplot_mosaic("LLabc;LLdef")
-    _lines(panels["L"], states[:, :LINES], colours[:LINES])
-    _show(panels["L"], "from latent (grey) to data (coloured)", _union((windows[0], windows[-1])), *labels)
-    for key, index in zip("abcdef", np.linspace(0, len(states) - 1, 6).round().astype(int), strict=True):
-        panels[key].scatter(*states[index].T, s=2.5, c=colours, linewidths=0, rasterized=True)
-        share = index / (len(states) - 1)
-        _show(panels[key], {0: "latent", 1: "data"}.get(share, f"{share:.0%} of the way"), windows[index])
+    states = trajectory(flow, n, points, context, generator)
+    colours = panels.angle_colours(states[0])
+    windows = _windows(states, window or panels.window_of(states[-1]))
+    figure = panels.new_figure(11.2, 4.6)
+    axes = figure.subplot_mosaic("LLabc;LLdef")
+    panels.lines(axes["L"], states[:, :LINES], colours[:LINES])
+    title = f"from latent (grey) to data (coloured){_given(context)}"
+    panels.dress_plane(axes["L"], title, panels.union(windows[0], windows[-1]), panels.column_labels(names, 2))
+    for panel, index in zip("abcdef", np.linspace(0, len(states) - 1, 6).round().astype(int), strict=True):
+        x, y = states[index].T
+        axes[panel].scatter(x, y, s=2.5, c=colours, linewidths=0, rasterized=True)
+        title = {"a": "latent", "f": "data"}.get(panel, f"{index / (len(states) - 1):.0%} of the way")
+        panels.dress_plane(axes[panel], title, windows[index])
     return figure
 
 
-def _trajectory(
-    flow: Flow, n: int, points: int, generator: torch.Generator | None, context: Tensor | None
-) -> np.ndarray:
-    anchor = _anchor(flow)
-    generator = generator or torch.Generator(anchor.device).manual_seed(0)
-    given = None if context is None else context[torch.arange(n) % len(context)].to(anchor)
-    with evaluating(flow):
-        return flow.trajectory(flow.base.sample(n, generator), given, points).double().cpu().numpy()
+def _scatter(
+    axes: "matplotlib.axes.Axes",
+    title: str,
+    rows: np.ndarray,
+    window: Window,
+    colour: str,
+    labels: Sequence[str],
+) -> None:
+    note = panels.points(axes, rows, window, colour)
+    panels.dress_plane(axes, f"{title}, {note}" if note else title, window, labels)
 
 
 def _windows(states: np.ndarray, data: Window) -> list[Window]:
     """Return the window of each state: one for all, unless latent and data differ much in scale."""
     latent = (-3.5, 3.5, -3.5, 3.5)
-    union = _union((latent, data))
-    if all(_size(union) < 3 * _size(window) for window in (latent, data)):
-        return len(states) * [union]
-    return [window_of(state) for state in states[:-1]] + [data]
+    both = panels.union(latent, data)
+    if panels.area(both) < 8 * min(panels.area(latent), panels.area(data)):
+        return len(states) * [both]
+    return [*map(panels.window_of, states[:-1]), data]
+
+
+def _conditions(context: Tensor | None) -> list[Tensor | None]:
+    """Return rows (1, features) from low to high in the first feature; a single None without a context."""
+    if context is None:
+        return [None]
+    ordered = context[context[:, 0].argsort()]
+    middles = {(2 * k + 1) * len(ordered) // (2 * CONDITIONS) for k in range(CONDITIONS)}
+    return [ordered[index : index + 1] for index in sorted(middles)]
+
+
+def _given(condition: Tensor | None) -> str:
+    if condition is None:
+        return ""
+    values = [f"{value:.3g}" for value in condition[0].tolist()]
+    return f" given {', '.join(values[:3])}{', …' if len(values) > 3 else ''}"
 
 
 # -- figures of many columns ----------------------------------------------------------------------
@@ -246,19 +279,20 @@ def marginals(
         names: Names of the columns.
         max_columns: Columns shown; of more, this many are taken evenly.
     """
-    labels, columns = _names(names, samples.shape[1]), _spread(samples.shape[1], max_columns)
+    labels = panels.column_labels(names, samples.shape[1])
+    columns = panels.spread(samples.shape[1], max_columns)
     across = min(4, len(columns))
     down = math.ceil(len(columns) / across)
-    figure = _figure(2.5 * across, 1.75 * down + 0.35)
-    panels = figure.subplots(down, across, squeeze=False).flat
-    for axes, column in zip(panels, columns, strict=False):
-        _histograms(axes, None if rows is None else rows[:, column], samples[:, column])
-        _dress(axes, xlabel=labels[column])
+    figure = panels.new_figure(*((2.5 * across, 1.75 * down + 0.35) if across > 1 else (5.2, 3.4)))
+    places = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes, column in zip(places, columns, strict=False):
+        panels.histograms(axes, None if rows is None else rows[:, column], samples[:, column])
+        panels.dress(axes, xlabel=labels[column])
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-    for axes in panels[len(columns) :]:
+    for axes in places[len(columns) :]:
         axes.set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    panels.legend_above(figure, places[0])
     return figure
 
 
@@ -268,10 +302,9 @@ def pairs(
     names: Sequence[str] | None = None,
     max_columns: int = 5,
 ) -> "matplotlib.figure.Figure":
-    """Draw the densities of pairs of columns: data below the diagonal, samples mirrored above it.
+    """Draw pairs of columns: data below the diagonal, samples mirrored above it.
 
-    Both triangles of a pair share window and colour scale, so that a faithful flow makes the
-    figure symmetric. Without data the samples take the lower triangle.
+    A faithful flow makes the figure symmetric. Without data the samples take the lower triangle.
 
     Args:
         samples: Samples (samples, columns).
@@ -279,30 +312,33 @@ def pairs(
         names: Names of the columns.
         max_columns: Columns shown; of more, this many are taken evenly.
     """
-    labels, columns = _names(names, samples.shape[1]), _spread(samples.shape[1], max_columns)
-    reference = samples if rows is None else rows
-    ranges = {column: _range(reference[:, column]) for column in columns}
-    figure = _figure(1.8 * len(columns) + 0.4, 1.8 * len(columns) + 0.4)
-    panels = figure.subplots(len(columns), len(columns), squeeze=False)
-    for i, j in np.ndindex(panels.shape):
-        axes, (row, column) = panels[i, j], (columns[i], columns[j])
+    labels = panels.column_labels(names, samples.shape[1])
+    columns = panels.spread(samples.shape[1], max_columns)
+    count = len(columns)
+    limits = {c: panels.limits_of((samples if rows is None else rows)[:, c]) for c in columns}
+    figure = panels.new_figure(1.8 * count + 0.4, 1.8 * count + 0.4)
+    places = figure.subplots(count, count, squeeze=False)
+    for i, j in product(range(count), repeat=2):
+        axes, x, y = places[i, j], columns[j], columns[i]
         if i == j:
-            _histograms(axes, None if rows is None else rows[:, row], samples[:, row], ranges[row])
-        elif i < j and rows is None:
-            axes.set_visible(False)
+            panels.histograms(axes, None if rows is None else rows[:, x], samples[:, x], limits[x])
+        elif i > j and rows is not None:
+            panels.counts(axes, rows[:, [x, y]], (*limits[x], *limits[y]), panels.DATA_COUNTS)
+        elif i > j or rows is not None:
+            panels.counts(axes, samples[:, [x, y]], (*limits[x], *limits[y]), panels.FLOW_COUNTS)
         else:
-            shown, colours = (samples, "Oranges") if i < j or rows is None else (rows, "Blues")
-            _pair(axes, shown[:, [column, row]], (*ranges[column], *ranges[row]), colours)
-        _dress(axes, xlabel=labels[column] if i == len(columns) - 1 else "", ylabel=labels[row] if j == 0 else "")
-        axes.tick_params(labelbottom=i == len(columns) - 1, labelleft=j == 0 and i > 0)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+            axes.set_visible(False)
+        bottom, left = i == count - 1, j == 0
+        panels.dress(axes, xlabel=labels[x] if bottom else "", ylabel=labels[y] if left else "")
+        axes.tick_params(bottom=bottom, labelbottom=bottom, left=left and i > 0, labelleft=left and i > 0)
+    panels.legend_above(figure, places[0, 0])
     return figure
 
 
 def sample_plot(
     samples: np.ndarray, rows: np.ndarray | None = None, names: Sequence[str] | None = None
 ) -> "matplotlib.figure.Figure":
-    """Draw samples, beside data where there are any: histogram, points or pairs by their columns.
+    """Draw samples, beside data where there are any: a histogram, points, or pairs of columns.
 
     Args:
         samples: Samples (samples, columns).
@@ -313,13 +349,12 @@ def sample_plot(
         return marginals(samples, rows, names)
     if samples.shape[1] > 2:
         return pairs(samples, rows, names)
-    window, labels = window_of(samples if rows is None else rows), _names(names, 2)
-    shown = [("samples", samples, FLOW)] if rows is None else [("data", rows, DATA), ("samples", samples, FLOW)]
-    figure = _figure(3.6 * len(shown), 3.6 * _aspect(window) + 0.3)
-    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
-    for axes, (title, points, colour) in zip(panels, shown, strict=True):
-        note = _points(axes, points, window, colour)
-        _show(axes, f"{title} {note}", window, labels[0], labels[1] if axes is panels[0] else "")
+    window = panels.window_of(samples if rows is None else rows)
+    shown = ([] if rows is None else [("data", rows, DATA)]) + [("samples", samples, FLOW)]
+    figure = panels.new_figure(3.6 * len(shown), 3.6 * panels.aspect(window) + 0.3)
+    places = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    for axes, (title, points, colour) in zip(places, shown, strict=True):
+        _scatter(axes, title, points, window, colour, panels.column_labels(names, 2)[: 1 + (axes is places[0])])
     return figure
 
 
@@ -328,20 +363,20 @@ def figures(
     rows: np.ndarray,
     context: Tensor | None = None,
     window: Window | None = None,
-    truth: Callable[[np.ndarray], np.ndarray] | None = None,
+    truth: LogDensity | None = None,
     names: Sequence[str] | None = None,
     resolution: int = 200,
     samples: int = 2000,
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[str, "matplotlib.figure.Figure"]]:
-    """Yield names and figures that suit the data; none for events that are not rows of columns.
+    r"""Yield the figures that suit the data, each with its name; none where events are not rows of columns.
 
     Args:
         flow: The density.
-        rows: Data (rows, \\*event).
+        rows: Data (rows, \*event).
         context: Conditions of the rows (rows, features), or None.
         window: What to show of two columns; None takes it from the rows.
-        truth: The true log-density of rows.
+        truth: The true log-density.
         names: Names of the columns.
         resolution: Cells of a density along each axis.
         samples: Number of samples.
@@ -353,9 +388,10 @@ def figures(
         name = names[0] if names else None
         yield "density", density_1d(flow, rows, truth, context, 2 * resolution, samples, generator, name)
     elif rows.shape[1] == 2:
-        window = window or window_of(rows)
+        conditions = _conditions(context)
+        middle = conditions[len(conditions) // 2]
         yield "density", density_2d(flow, rows, window, truth, context, resolution, samples, generator, names)
-        yield "trajectories", trajectories_2d(flow, min(samples, 1000), window, 24, generator, context, names)
+        yield "trajectories", trajectories_2d(flow, min(samples, 1000), window, 25, generator, middle, names)
     else:
         drawn = draw_samples(flow, samples, context, generator)
         yield "marginals", marginals(drawn, rows, names)
@@ -374,198 +410,45 @@ def curves(metrics_csv_path: str | Path, metric: str = "nll", unit: str = "nats"
         unit: Unit of the metric.
     """
     series = _series(Path(metrics_csv_path))
-    steps, seconds = _clock(*series.get("time/step_seconds", (np.empty(0), np.empty(0))))
-    figure = _figure(11, 3.2)
+    nothing = (np.empty(0), np.empty(0))
+    figure = panels.new_figure(11.0, 3.2)
     by_step, by_time, cost = figure.subplots(1, 3)
-    for name, label, colour in ((f"train/{metric}", "training", PALE), (f"val/{metric}", "validation", FLOW)):
-        x, y = series.get(name, (np.empty(0), np.empty(0)))
-        by_step.plot(x, y, color=colour, label=label)
-        by_time.plot(np.interp(x, steps, seconds), y, color=colour, label=label)
-    for name, label, colour in (("nfe/forward", "forward", DATA), ("nfe/backward", "backward", FLOW)):
-        cost.plot(*series.get(name, (np.empty(0), np.empty(0))), color=colour, label=label)
-    title = f"{metric.upper() if len(metric) < 5 else metric.replace('_', ' ')} ({unit})"
-    _dress(by_step, xlabel="training steps", ylabel=title)
-    _dress(by_time, xlabel="training time (s)", ylabel=title)
-    _dress(cost, xlabel="training steps", ylabel="NFE per training step")
+    clock = _clock(*series.get("time/step_seconds", nothing))
+    for stage, label, colour in (("train", "training", PALE), ("val", "validation", FLOW)):
+        steps, values = series.get(f"{stage}/{metric}", nothing)
+        by_step.plot(steps, values, color=colour, label=label)
+        by_time.plot(np.interp(steps, *clock), values, color=colour, label=label)
+    for name, colour in (("forward", DATA), ("backward", FLOW)):
+        cost.plot(*series.get(f"nfe/{name}", nothing), color=colour, label=name)
+    title = f"{metric.replace('_', ' ').replace('nll', 'NLL')} ({unit})"
+    panels.dress(by_step, xlabel="training steps", ylabel=title)
+    panels.dress(by_time, xlabel="time in training steps (s)", ylabel=title)
+    panels.dress(cost, xlabel="training steps", ylabel="NFE per training step")
     for axes in (by_step, by_time, cost):
-        axes.grid(color="#EEEEEE", linewidth=0.6)
+        axes.grid(color="#EEEEEE", lw=0.6)
         axes.legend(frameon=False, fontsize=8)
     return figure
 
 
 def _series(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Read steps done and values of every column; a step that is logged twice counts once."""
-    columns: dict[str, dict[float, float]] = {}
+    """Return steps done and values of every column; of a step that was logged twice, the later."""
+    columns: dict[str, dict[int, float]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
+            # Lightning numbers the rows by the last step, from 0.
+            done = int(row.pop("step")) + 1
             for name, value in row.items():
-                if name not in ("step", "epoch") and value:
-                    columns.setdefault(name, {})[float(row["step"]) + 1] = float(value)
-    return {name: (np.array(sorted(c)), np.array([c[step] for step in sorted(c)])) for name, c in columns.items()}
+                if value:
+                    columns.setdefault(name, {})[done] = float(value)
+    return {name: _ordered(values) for name, values in columns.items()}
+
+
+def _ordered(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    steps = sorted(values)
+    return np.array(steps, dtype=float), np.array([values[step] for step in steps])
 
 
 def _clock(steps: np.ndarray, step_seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and the seconds of training up to them, from the mean of each epoch."""
+    """Return steps and the seconds of training until then, from the means of the epochs."""
     seconds = np.cumsum(np.diff(steps, prepend=0) * step_seconds)
     return np.append(0, steps), np.append(0, seconds)
-
-
-# -- parts of figures -----------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> "matplotlib.figure.Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
-
-
-def _dress(axes: "matplotlib.axes.Axes", title: str = "", xlabel: str = "", ylabel: str = "") -> None:
-    axes.set_title(title, fontsize=9, color=INK)
-    axes.set_xlabel(xlabel, fontsize=8, color=INK)
-    axes.set_ylabel(ylabel, fontsize=8, color=INK)
-    axes.tick_params(labelsize=7, color=PALE, labelcolor=INK, length=2.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(PALE)
-
-
-def _show(axes: "matplotlib.axes.Axes", title: str, window: Window, xlabel: str = "", ylabel: str = "") -> None:
-    """Dress a panel of two columns: window, upright axes, equal scales where they can be."""
-    _dress(axes, title, xlabel, ylabel)
-    axes.set(xlim=window[:2], ylim=window[2:])
-    axes.set_box_aspect(_aspect(window))
-
-
-def _histograms(
-    axes: "matplotlib.axes.Axes",
-    rows: np.ndarray | None,
-    samples: np.ndarray,
-    limits: tuple[float, float] | None = None,
-) -> None:
-    """Draw data filled and samples as a line in the same bins, each as the density of all its rows."""
-    limits = limits or _range(samples if rows is None else rows)
-    edges = np.linspace(*limits, BINS + 1)
-    if rows is not None:
-        axes.stairs(_heights(rows, edges), edges, fill=True, color=DATA, alpha=0.35, linewidth=0, label="data")
-    axes.stairs(_heights(samples, edges), edges, color=FLOW, linewidth=1.1, label="samples")
-    axes.set_xlim(limits)
-    note = _outside((samples < limits[0]) | (samples > limits[1]))
-    axes.text(0.99, 0.97, note, transform=axes.transAxes, ha="right", va="top", fontsize=6.5, color=FLOW)
-
-
-def _heights(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    return np.histogram(values, edges)[0] / (len(values) * (edges[1] - edges[0]))
-
-
-def _points(axes: "matplotlib.axes.Axes", rows: np.ndarray, window: Window, colour: str) -> str:
-    """Draw rows as points, fainter the more there are; return how many the window leaves out."""
-    alpha = min(1.0, max(0.1, 25 / math.sqrt(len(rows))))
-    axes.scatter(*rows.T, s=4, color=colour, alpha=alpha, linewidths=0, rasterized=True)
-    x, y = rows.T
-    return _outside((x < window[0]) | (x > window[1]) | (y < window[2]) | (y > window[3]))
-
-
-def _outside(outside: np.ndarray) -> str:
-    share = outside.mean()
-    return f"{share:.1%} outside" if share >= 0.01 else ""
-
-
-def _densities(
-    figure: "matplotlib.figure.Figure", panels: Any, log_densities: dict[str, np.ndarray], window: Window
-) -> list[str]:
-    """Draw densities on one colour scale; return their titles, each with its mass."""
-    densities = {title: np.exp(values) for title, values in log_densities.items()}
-    top = max(float(values.max()) for values in densities.values())
-    for axes, values in zip(panels, densities.values(), strict=True):
-        square = values.reshape(2 * (math.isqrt(len(values)),))
-        image = axes.imshow(square, DENSITY, origin="lower", extent=window, vmin=0, vmax=top, aspect="auto")
-    bar = figure.colorbar(image, ax=panels, fraction=0.05, pad=0.02)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=7, color=PALE, labelcolor=INK, length=2.5)
-    area = (window[1] - window[0]) * (window[3] - window[2])
-    return [f"{title}, mass {values.mean() * area:.3f}" for title, values in densities.items()]
-
-
-def _pair(axes: "matplotlib.axes.Axes", rows: np.ndarray, window: Window, colours: str) -> None:
-    """Draw the density of two columns; the square root of the colour scale brings out the tails."""
-    from matplotlib.colors import PowerNorm
-
-    edges = [np.linspace(*window[:2], BINS + 1), np.linspace(*window[2:], BINS + 1)]
-    counts = np.histogram2d(*rows.T, bins=edges)[0].T / len(rows)
-    axes.imshow(counts, colours, norm=PowerNorm(0.5), origin="lower", extent=window, aspect="auto")
-
-
-def _lines(axes: "matplotlib.axes.Axes", states: np.ndarray, colours: np.ndarray) -> None:
-    from matplotlib.collections import LineCollection
-
-    lines = LineCollection(list(states.transpose(1, 0, 2)), colors=colours, linewidths=0.6, alpha=0.6)
-    axes.add_collection(lines)
-    axes.scatter(*states[0].T, s=5, color=PALE, linewidths=0, zorder=3)
-    axes.scatter(*states[-1].T, s=8, c=colours, linewidths=0, zorder=3)
-
-
-def _angle_colours(latent: np.ndarray) -> np.ndarray:
-    """Return a colour for each latent row by its angle."""
-    from matplotlib import colormaps
-
-    angle = np.arctan2(latent[:, 1], latent[:, 0]) / (2 * np.pi) + 0.5
-    return colormaps["twilight"](angle)
-
-
-# -- windows, grids and names ---------------------------------------------------------------------
-
-
-def _range(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, (0.001, 0.999)).tolist()
-    margin = 0.08 * (high - low) or 0.5
-    return low - margin, high + margin
-
-
-def _aspect(window: Window) -> float:
-    """Return height over width: that of the window, or 1 where it would be a thin strip."""
-    ratio = (window[3] - window[2]) / (window[1] - window[0])
-    return ratio if 0.4 <= ratio <= 2.5 else 1.0
-
-
-def _size(window: Window) -> float:
-    return math.hypot(window[1] - window[0], window[3] - window[2])
-
-
-def _union(windows: Sequence[Window]) -> Window:
-    left, right, bottom, top = zip(*windows, strict=True)
-    return min(left), max(right), min(bottom), max(top)
-
-
-def _grid(window: Window, resolution: int) -> np.ndarray:
-    """Return the centres of a window's cells (resolution², 2), row by row from the bottom."""
-    centres = (np.arange(resolution) + 0.5) / resolution
-    x = window[0] + (window[1] - window[0]) * centres
-    y = window[2] + (window[3] - window[2]) * centres
-    return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
-
-
-def _conditions(context: Tensor | None) -> list[Tensor | None]:
-    """Return single rows of context (1, features), evenly taken; a single None without a context."""
-    if context is None:
-        return [None]
-    return [context[i : i + 1] for i in _spread(len(context), CONDITIONS)]
-
-
-def _given(condition: Tensor | None) -> str:
-    if condition is None:
-        return ""
-    values = [f"{value:.3g}" for value in condition[0].tolist()]
-    return f" given {', '.join(values[:3])}{', …' if len(values) > 3 else ''}"
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """Return up to ``most`` of the numbers below ``count``, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
-
-
-def _names(names: Sequence[str] | None, columns: int) -> list[str]:
-    return list(names) if names else [f"$x_{{{column + 1}}}$" for column in range(columns)]
-
-
-def _anchor(flow: Flow) -> Tensor:
-    # No rows, but the device and dtype of those that the flow makes.
-    return flow.base.sample(0)

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
 #: What Lightning leaves in the environment of the process that launched the others.
 LAUNCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")
@@ -40,7 +41,8 @@ def one_job(module: str) -> Iterator[None]:
     main = sys.modules["__main__"]
     kept_argv, kept_spec = sys.argv[:], main.__spec__
     kept_environment = {name: os.environ.get(name) for name in LAUNCH_VARIABLES}
-    with read_write(hydra), open_dict(hydra):
+    # Typed as a dataclass, in truth a node of a read-only configuration.
+    with read_write(cast(DictConfig, hydra)), open_dict(cast(DictConfig, hydra)):
         hydra.run.dir = str(folder)
     sys.argv[1:] = ["--config-path", str(folder / ".hydra"), "--config-name", "config"]
     main.__spec__ = find_spec(module)

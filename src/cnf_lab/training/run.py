@@ -43,6 +43,35 @@ def environment() -> dict[str, Any]:
     }
 
 
+def require_run(run: str | None) -> Path:
+    """Return the path of ``run=``, or say that it is missing."""
+    if not run:
+        raise ConfigError(
+            "Expected a run folder or a checkpoint file, got none. Type run=outputs/<model>/<data set>/<time>."
+        )
+    return Path(run)
+
+
+def run_folder(path: Path) -> Path:
+    """Return the run folder of a run folder or of one of its checkpoints."""
+    return find_checkpoint(path).parent.parent if path.is_dir() or path.parent.name == "checkpoints" else path.parent
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of an option ``device``.
+
+    Raises:
+        ConfigError: If it is not one of auto, cpu, cuda, or there is no GPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(
+            f"Expected device to be auto, cpu, or cuda where there is a GPU, got {name}. Type device=auto."
+        )
+    return torch.device(name)
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint that a run folder or a file stands for: the best, else the last.
 

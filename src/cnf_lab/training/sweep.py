@@ -8,7 +8,14 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-COLUMNS = ("val/nll", "test/nll", "test/nll_standard_error", "nfe/forward", "nfe/backward", "time/step_seconds")
+COLUMNS = (
+    "val/nll",
+    "test/nll",
+    "test/nll_standard_error",
+    "nfe/forward",
+    "nfe/backward",
+    "time/step_seconds",
+)
 
 
 class SweepSummary(Callback):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from cnf_lab.errors import ConfigError
 
@@ -43,7 +43,7 @@ class CsvLogger(CSVLogger):
     @property
     def experiment(self) -> ExperimentWriter:
         """The writer of metrics.csv; other processes than the first write nothing."""
-        if self._experiment is None and rank_zero_only.rank == 0:
+        if self._experiment is None and _is_first_process():
             self._experiment = _ContinuedWriter(self.log_dir)
         return self._experiment if self._experiment is not None else _Silent()  # type: ignore[return-value]
 
@@ -72,7 +72,9 @@ def wandb_logger(
         ConfigError: If the mode is unknown or wandb is not installed.
     """
     if mode not in MODES:
-        raise ConfigError(f"Expected logger.mode to be one of {', '.join(MODES)}, got {mode}. Type logger.mode=offline.")
+        raise ConfigError(
+            f"Expected logger.mode to be one of {', '.join(MODES)}, got {mode}. Type logger.mode=offline."
+        )
     try:
         import wandb
     except ImportError as failure:
@@ -93,7 +95,7 @@ def wandb_logger(
         log_model=False,
         settings=wandb.Settings(silent=True),
     )
-    if rank_zero_only.rank == 0 and mode != "disabled":
+    if _is_first_process() and mode != "disabled":
         for metric, goal in BEST.items():
             logger.experiment.define_metric(metric, summary=goal, step_metric="trainer/global_step")
     return logger
@@ -110,10 +112,14 @@ def log_figure(loggers: Sequence[Logger], name: str, figure: "Figure", step: int
 
 def finish(loggers: Sequence[Logger], failed: bool) -> None:
     """End the wandb runs of a job: a live one would swallow the next job of a multirun."""
-    if any(isinstance(logger, WandbLogger) for logger in loggers) and rank_zero_only.rank == 0:
+    if any(isinstance(logger, WandbLogger) for logger in loggers) and _is_first_process():
         import wandb
 
-        wandb.finish(exit_code=int(failed), quiet=True)
+        wandb.finish(exit_code=int(failed))
+
+
+def _is_first_process() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _run_id(folder: Path) -> str:

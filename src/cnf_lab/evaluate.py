@@ -1,0 +1,117 @@
+"""Evaluate a run: ``python -m cnf_lab.evaluate run=outputs/density/miniboone/...``."""
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from cnf_lab.data import Batch, Rows
+from cnf_lab.data.custom import read_rows
+from cnf_lab.errors import ConfigError
+from cnf_lab.flows import Flow
+from cnf_lab.metrics import MeanWithError
+from cnf_lab.ode import SolveStats, TorchdiffeqSolver
+from cnf_lab.trace import Exact
+from cnf_lab.training.build import build_data
+from cnf_lab.training.command import run_command
+from cnf_lab.training.run import choose_device, environment, require_run, restore_flow, run_folder, write_json
+
+log = logging.getLogger("cnf_lab")
+PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
+
+
+def evaluate(config: DictConfig) -> float:
+    """Rebuild a flow from its checkpoint alone and report the NLL of rows.
+
+    Args:
+        config: The composed configuration of ``evaluate.yaml``.
+
+    Returns:
+        The mean negative log-density.
+    """
+    run = require_run(config.run)
+    flow, rebuild = restore_flow(run)
+    if config.precision not in PRECISIONS:
+        raise ConfigError(f"Expected precision float64 or float32, got {config.precision}. Type precision=float64.")
+    solver = TorchdiffeqSolver(config.method, config.atol, config.rtol, error_norm="example")
+    flow.set_evaluation(solver, Exact(config.chunk))
+    flow.to(choose_device(config.device), PRECISIONS[config.precision])
+
+    name, rows, notes = open_rows(config, rebuild)
+    log_prob, nfe = log_densities(flow, rows, config.batch_size, config.limit)
+    nll = MeanWithError()
+    nll.update(-log_prob)
+    mean, error = (float(value) for value in nll.compute())
+
+    folder = Path(config.output) if config.output else run_folder(run) / "evaluation"
+    unit = rebuild["data"]["unit"]
+    context = {
+        "run": str(run),
+        "rows": len(log_prob),
+        "unit": unit,
+        "notes": notes,
+        "solver": solver.describe(),
+        "trace": "exact",
+        "precision": config.precision,
+        "nfe": nfe,
+        "seed": rebuild["config"]["seed"],
+        **environment(),
+    }
+    write_json(folder / f"{name}.json", {"nll": mean, "nll_standard_error": error, "context": context})
+    np.save(folder / f"{name}_log_prob.npy", log_prob.numpy())
+    for note in notes:
+        log.warning("%s", note)
+    log.info("%s: nll %.4f ± %.4f %s over %s rows", name, mean, error, unit, f"{len(log_prob):,}")
+    log.info("exact divergence, %s, %s, %d evaluations", solver.describe(), config.precision, nfe)
+    log.info("log-density of every row: %s", folder / f"{name}_log_prob.npy")
+    return mean
+
+
+def open_rows(config: DictConfig, rebuild: dict[str, Any]) -> tuple[str, Rows, list[str]]:
+    """Return a name, the rows to evaluate, and what every number from them must say."""
+    if config.data is not None:
+        described, features = rebuild["data"], math.prod(rebuild["event_shape"])
+        rows = read_rows(config.data, features, described["column_names"], described["context_names"], key=config.key)
+        return Path(config.data).stem, rows, []
+    saved = OmegaConf.create(rebuild["config"])
+    if config.root is not None:
+        saved.dataset.root = config.root
+    data = build_data(saved)
+    return config.split, data.split(config.split), data.notes
+
+
+@torch.no_grad()
+def log_densities(flow: Flow, rows: Rows, batch_size: int, limit: int | None) -> tuple[Tensor, int]:
+    """Return the log-density of every row (rows,) in float64, and the evaluations of all solves."""
+    device = next(flow.parameters()).device
+    parts, nfe = [], 0
+    for batch in _batches(rows, batch_size, limit):
+        x = batch.x.to(device)
+        context = None if batch.context is None else batch.context.to(device)
+        mapped = flow.pull_back(x, context)
+        parts.append((flow.base.log_prob(mapped.value) + mapped.log_det).double().cpu())
+        nfe += SolveStats.total(mapped.solves).nfe_forward
+    return torch.cat(parts), nfe
+
+
+def _batches(rows: Rows, batch_size: int, limit: int | None) -> Iterator[Batch]:
+    count = min(len(rows), limit or len(rows))
+    # disable=None: a bar on a terminal, nothing in a file.
+    for start in tqdm(range(0, count, batch_size), unit="batch", disable=None):
+        yield rows.__getitems__(range(start, min(start + batch_size, count)))
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(evaluate, "evaluate")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Sample from a run: ``python -m cnf_lab.sample run=outputs/density/8gaussians/... n=10000``."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from cnf_lab.data.custom import read_rows
+from cnf_lab.errors import ConfigError
+from cnf_lab.flows import Flow
+from cnf_lab.ode import TorchdiffeqSolver
+from cnf_lab.trace import Exact
+from cnf_lab.training.command import run_command
+from cnf_lab.training.plots import sample_plot
+from cnf_lab.training.run import choose_device, require_run, restore_flow, run_folder
+
+log = logging.getLogger("cnf_lab")
+
+
+def sample(config: DictConfig) -> None:
+    """Draw rows from a trained density and write them, with a picture where they can be plotted.
+
+    Args:
+        config: The composed configuration of ``sample.yaml``.
+    """
+    run = require_run(config.run)
+    flow, rebuild = restore_flow(run)
+    path = Path(config.output) if config.output else run_folder(run) / "samples" / "samples.npy"
+    if path.suffix not in (".npy", ".csv"):
+        raise ConfigError(
+            f"Expected output to end in .npy or .csv, got {path}. Type output={path.with_suffix('.npy')}."
+        )
+    if config.n < 1:
+        raise ConfigError(f"Expected n of at least 1, got {config.n}. Type n=1000.")
+    device = choose_device(config.device)
+    flow.set_evaluation(TorchdiffeqSolver(config.method, config.atol, config.rtol, error_norm="example"), Exact())
+    flow.to(device)
+
+    context = open_context(config, flow, rebuild["data"]["context_names"])
+    generator = torch.Generator(device).manual_seed(config.seed)
+    samples = draw(flow, config.n, context, config.batch_size, generator)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = rebuild["data"]["column_names"]
+    if path.suffix == ".npy":
+        np.save(path, samples)
+    else:
+        header = ",".join(names or (f"x{number}" for number in range(samples.shape[1])))
+        np.savetxt(path, samples, delimiter=",", header=header, comments="")
+    log.info("%s rows: %s", f"{len(samples):,}", path)
+    if config.plot and samples.ndim == 2:
+        picture = path.with_suffix(".png")
+        sample_plot(samples, names=names).savefig(picture)
+        log.info("picture: %s", picture)
+
+
+def open_context(config: DictConfig, flow: Flow, names: list[str] | None) -> Tensor | None:
+    """Return the context of every sample (n or 1, features), or None for a density without one."""
+    given = config.context
+    if not flow.context_features:
+        if given is not None:
+            raise ConfigError("Expected no context for this density, which has none. Leave out context=....")
+        return None
+    wanted = f"context=[{','.join('0' * flow.context_features)}] or a file with {config.n} rows"
+    if given is None:
+        raise ConfigError(f"Expected a context, for this density is conditional, got none. Type {wanted}.")
+    if isinstance(given, str):
+        rows = read_rows(given, flow.context_features, names)
+        context = rows.__getitems__(range(len(rows))).x
+    else:
+        context = torch.tensor([OmegaConf.to_container(given)], dtype=torch.float64)
+    if context.shape[1:] != (flow.context_features,) or len(context) not in (1, config.n):
+        raise ConfigError(
+            f"Expected a context of {flow.context_features} columns and 1 or {config.n} rows, "
+            f"got shape {tuple(context.shape)}. Type {wanted}."
+        )
+    return context
+
+
+def draw(flow: Flow, n: int, context: Tensor | None, batch_size: int, generator: torch.Generator) -> np.ndarray:
+    """Draw n rows in batches."""
+    parts = []
+    for start in tqdm(range(0, n, batch_size), unit="batch", disable=None):
+        count = min(batch_size, n - start)
+        shared = context if context is None or len(context) == 1 else context[start : start + count]
+        parts.append(flow.sample(count, None if shared is None else shared.to(generator.device), generator).cpu())
+    return torch.cat(parts).numpy()
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(sample, "sample")
+
+
+if __name__ == "__main__":
+    main()

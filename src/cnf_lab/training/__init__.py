@@ -1,0 +1,1 @@
+"""Building, running and tracking: the parts that know Hydra, Lightning and wandb."""

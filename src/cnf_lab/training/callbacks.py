@@ -1,0 +1,267 @@
+"""Lightning callbacks: what solves cost, figures during training, and a line per epoch in a log file."""
+
+import logging
+import math
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.trainer.states import TrainerFn
+
+from cnf_lab.data import FlowDataModule
+from cnf_lab.errors import ConfigError, SolverError
+from cnf_lab.flows import Flow
+from cnf_lab.ode import SolveStats
+from cnf_lab.training import plots
+from cnf_lab.training.tracking import log_figure
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+log = logging.getLogger("cnf_lab")
+MEBIBYTE = 2**20
+
+
+class SolverMonitor(Callback):
+    """Logs what training cost, as means over the steps of each epoch.
+
+    ========================== =====================================================================
+    ``nfe/forward``            Evaluations of all solves of a training step.
+    ``nfe/backward``           Evaluations that a continuous adjoint adds.
+    ``solver/rejected_steps``  Rejected solver steps of a training step.
+    ``time/step_seconds``      Wall clock of a training step, backward pass and optimiser included,
+                               loading of data left out.
+    ``memory/peak_mebibytes``  Peak of the epoch as torch's CUDA allocator counts it; without CUDA
+                               the peak of the process since its start.
+    ========================== =====================================================================
+
+    It reads ``solves``, a sequence of :class:`~cnf_lab.ode.SolveStats`, from what
+    ``training_step`` returns; a step without solves leaves the counts out. Steps are summed as
+    plain numbers, and CUDA is waited for once, at the end of an epoch: its queued work counts.
+    """
+
+    def __init__(self) -> None:
+        self._steps, self._seconds, self._started = 0, 0.0, 0.0
+        self._solves: list[SolveStats] = []  # their sum so far, or nothing
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps, self._seconds, self._solves = 0, 0.0, []
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._steps += 1
+        self._seconds += time.perf_counter() - self._started
+        solves = outputs.get("solves", ()) if isinstance(outputs, Mapping) else ()
+        if solves:
+            self._solves = [SolveStats.total([*self._solves, *solves])]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._steps == 0:
+            return
+        if pl_module.device.type == "cuda":
+            waiting = time.perf_counter()
+            torch.cuda.synchronize(pl_module.device)
+            self._seconds += time.perf_counter() - waiting
+        totals = {"time/step_seconds": self._seconds}
+        for solve in self._solves:
+            totals["nfe/forward"], totals["nfe/backward"] = solve.nfe_forward, solve.nfe_backward
+            totals["solver/rejected_steps"] = solve.rejected_steps
+        for name, total in totals.items():
+            pl_module.log(name, total / self._steps, on_epoch=True, sync_dist=True, batch_size=1)
+        peak, name = _peak_mebibytes(pl_module.device), "memory/peak_mebibytes"
+        pl_module.log(name, peak, on_epoch=True, sync_dist=True, reduce_fx="max", batch_size=1)
+
+
+def _peak_mebibytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MEBIBYTE
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / MEBIBYTE if sys.platform == "darwin" else peak / 1024  # macOS counts bytes, Linux KiB
+
+
+class Plots(Callback):
+    """Figures of the flow against its data, into ``<run>/plots`` and to the loggers that show images.
+
+    During training they come with validation, from the weights that validation uses (averaged
+    ones, where they are averaged): ``density_epoch_0019.png``, say, epochs counted from 0, and
+    the newest again as ``density_last.png``. The end of training brings the last ones and the
+    learning curves, a test ``density_test.png`` with rows of its split. Random numbers come from
+    a generator of their own that starts the same each time: training does not notice, and the
+    epochs make a film of the same latent rows. A solve that fails costs a figure, never the run.
+
+    Args:
+        run_folder: The run folder.
+        every_n_epochs: Epochs between figures; 0 draws at the end only.
+        samples: Samples, and at most as many rows of data.
+        resolution: Cells of a density along each axis.
+        seed: Seed of the samples.
+
+    Raises:
+        ConfigError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        run_folder: str,
+        every_n_epochs: int = 10,
+        samples: int = 2000,
+        resolution: int = 200,
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("every_n_epochs", every_n_epochs, 0),
+            ("samples", samples, 1),
+            ("resolution", resolution, 1),
+        ):
+            if value < least:
+                raise ConfigError(
+                    f"Expected callbacks.plots.{name} of at least {least}, got {value}. "
+                    f"Type callbacks.plots.{name}={max(least, 10)}."
+                )
+        self.run_folder, self.every_n_epochs = Path(run_folder), every_n_epochs
+        self.samples, self.resolution, self.seed = samples, resolution, seed
+        self._drawn_at = -1
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw with the last batch.
+
+        At the end of the epoch a callback that averages weights may have taken them back already.
+        """
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not self.every_n_epochs:
+            return
+        last = batch_idx + 1 == trainer.num_val_batches[dataloader_idx]
+        if last and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module, "val", f"epoch_{trainer.current_epoch:04d}")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the final weights, unless they have been drawn, and the learning curves."""
+        if trainer.global_step != self._drawn_at:
+            self._draw(trainer, pl_module, "val", "last")
+        table = self.run_folder / "metrics.csv"
+        if trainer.is_global_zero and table.is_file():
+            metric = _monitor(pl_module).rpartition("/")[2]
+            unit = getattr(getattr(trainer, "datamodule", None), "unit", "nats")
+            self._save(trainer, "curves", "last", plots.curves(table, metric, unit))
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the weights that were tested, against rows of the test split."""
+        self._draw(trainer, pl_module, "test", "test")
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str, tag: str) -> None:
+        data, flow = getattr(trainer, "datamodule", None), getattr(pl_module, "flow", None)
+        if not (trainer.is_global_zero and isinstance(data, FlowDataModule) and isinstance(flow, Flow)):
+            return
+        self._drawn_at = trainer.global_step
+        rows = data.head(split, self.samples)
+        try:
+            for name, figure in plots.figures(
+                flow,
+                rows.x.numpy(),
+                rows.context,
+                data.plot_window,
+                data.truth,
+                data.column_names,
+                self.resolution,
+                self.samples,
+                torch.Generator(pl_module.device).manual_seed(self.seed),
+            ):
+                self._save(trainer, name, tag, figure)
+        except SolverError as failure:
+            log.warning("Figures of epoch %d left out: %s", trainer.current_epoch, failure)
+
+    def _save(self, trainer: pl.Trainer, name: str, tag: str, figure: "matplotlib.figure.Figure") -> None:
+        path = self.run_folder / "plots" / f"{name}_{tag}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        if tag.startswith("epoch"):
+            shutil.copyfile(path, path.with_name(f"{name}_last.png"))
+        title = f"plots/{name}_test" if tag == "test" else f"plots/{name}"
+        log_figure(trainer.loggers, title, figure, trainer.global_step)
+
+
+class EpochLine(Callback):
+    """A line of the log per validated epoch, where no progress bar shows the same.
+
+    It comes with the start of the next epoch, when every callback has logged its numbers.
+    Epochs count from 0, as in metrics.csv.
+    """
+
+    def __init__(self) -> None:
+        self.best = math.inf
+        self._due: int | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
+            self._due = trainer.current_epoch
+            # Now, not with the line: the checkpoint of this epoch holds it.
+            self.best = min(self.best, float(trainer.callback_metrics.get(_monitor(pl_module), math.inf)))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._report(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._report(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._due is None:
+            return
+        epoch, self._due = self._due, None
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if trainer.is_global_zero and trainer.progress_bar_callback is None:
+            log.info("%s", epoch_line(epoch, trainer.global_step, values, _monitor(pl_module), self.best))
+
+
+def epoch_line(epoch: int, step: int, values: Mapping[str, float], monitor: str, best: float) -> str:
+    """Return the numbers of an epoch in one line; what was not logged is left out.
+
+    Args:
+        epoch: Number of the epoch.
+        step: Optimiser steps so far.
+        values: Metrics by name.
+        monitor: Name of the watched metric.
+        best: Lowest value of the watched metric so far.
+    """
+    parts = [f"epoch {epoch}", f"step {step}"]
+    watched = (monitor.replace("val/", "train/"), monitor)
+    parts += [f"{name} {values[name]:.4f}" for name in watched if name in values]
+    if "nfe/forward" in values:
+        parts.append(f"nfe {values['nfe/forward']:.0f}+{values['nfe/backward']:.0f}")
+    if "time/step_seconds" in values:
+        parts.append(f"{values['time/step_seconds']:.3g} s/step")
+    if best < math.inf:
+        parts.append(f"best {best:.4f}")
+    return "  ".join(parts)
+
+
+def _monitor(pl_module: pl.LightningModule) -> str:
+    return getattr(pl_module, "monitor", "val/nll")

@@ -1,0 +1,191 @@
+"""Training runs: resumption, processes, precision, checkpoints, and what the run folder holds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+import cnf_lab
+from cnf_lab.train import train
+
+ComposeConfig = Callable[..., DictConfig]
+#: A small run whose every random source is at work: shuffled rows, probes, averaging, a schedule.
+SMALL = (
+    "dataset=custom",
+    "dataset.batch_size=16",
+    "architecture.hidden=[8]",
+    "trace=hutchinson_rademacher",
+    "normalisation=actnorm",
+    "schedule=plateau",
+    "callbacks=[default,ema]",
+    "solver.atol=1e-3",
+    "solver.rtol=1e-3",
+)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(111, 3)) * [1, 2, 3] + 5)
+    return path
+
+
+def state(run: Path, name: str = "last.ckpt") -> dict:
+    return torch.load(run / "checkpoints" / name, weights_only=True)
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, rows: Path, lab_config: ComposeConfig) -> None:
+    small = (*SMALL, f"dataset.path={rows}")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(lab_config(*small, "trainer.max_epochs=4", run=whole))
+    train(lab_config(*small, "trainer.max_epochs=2", run=parts))
+    train(lab_config(*small, "trainer.max_epochs=4", f"resume={parts}", run=parts))
+    expected, resumed = state(whole), state(parts)
+    assert expected["epoch"] == resumed["epoch"] == 3
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "current_model_state"):
+        assert equal(expected[key], resumed[key]), key
+    numbers = [json.loads((run / "metrics.json").read_text())["test/nll"] for run in (whole, parts)]
+    assert numbers[0] == numbers[1]
+
+
+def test_checkpoints_hold_plain_values_and_last_is_not_best(
+    tmp_path: Path, rows: Path, lab_config: ComposeConfig
+) -> None:
+    # A rate this high makes the validation NLL worse after the first epochs.
+    run = tmp_path / "run"
+    train(lab_config(*SMALL, f"dataset.path={rows}", "optimiser.lr=0.3", "trainer.max_epochs=5", "test=false"))
+    best, last = state(run, "best.ckpt"), state(run, "last.ckpt")
+    assert last["epoch"] == 4
+    assert best["epoch"] < 4
+    assert OmegaConf.create(last["hyper_parameters"]["config"]).dataset.name == "custom"
+
+
+def test_run_folder_and_load(tmp_path: Path, rows: Path, lab_config: ComposeConfig) -> None:
+    run = tmp_path / "run"
+    train(lab_config(*SMALL, f"dataset.path={rows}", "trainer.max_epochs=2"))
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["context"]["unit"] == "nats"
+    assert metrics["context"]["solver"]["error_norm"] == "example"
+    assert {
+        "val/nll",
+        "test/nll",
+        "test/nll_standard_error",
+        "nfe/forward",
+        "time/step_seconds",
+    } <= metrics.keys()
+    flow = cnf_lab.load(run)
+    x = torch.from_numpy(np.load(rows)[:10])
+    z = flow.pull_back(x).value
+    torch.testing.assert_close(flow.push_forward(z).value.double(), x, atol=1e-3, rtol=1e-4)
+    assert flow.log_prob(x).shape == (10,)
+    assert flow.sample(7).shape == (7, 3)
+
+
+def test_bf16_keeps_state_and_log_det_in_float32(tmp_path: Path, rows: Path, lab_config: ComposeConfig) -> None:
+    config = lab_config(*SMALL, f"dataset.path={rows}", "trainer.max_epochs=1", "trainer.precision=bf16-mixed")
+    assert np.isfinite(train(config))
+    assert all(value.dtype != torch.bfloat16 for value in state(tmp_path / "run")["state_dict"].values())
+
+
+def test_weight_decay_acts(tmp_path: Path, rows: Path, lab_config: ComposeConfig) -> None:
+    norms = []
+    for decay in (0.0, 5.0):
+        run = tmp_path / str(decay)
+        options = (f"optimiser.weight_decay={decay}", "optimiser=adamw", "trainer.max_epochs=2", "test=false")
+        train(lab_config(*SMALL, f"dataset.path={rows}", *options, run=run))
+        weights = state(run)["current_model_state"]
+        norms.append(sum(float(value.norm()) for key, value in weights.items() if key.endswith("linear.weight")))
+    assert norms[1] < 0.95 * norms[0]
+
+
+def launch(*arguments: str, cwd: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "cnf_lab.train", "logger=csv", *arguments]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.ddp
+def test_two_processes_equal_one(tmp_path: Path, rows: Path) -> None:
+    """Gradients of two processes are those of the whole batch; test NLL is exact on 11 rows."""
+    # A fixed grid: an adaptive one would choose its steps by each process's own rows.
+    # No ActNorm: its first gradient is zero but for round-off, and Adam makes a whole step of that.
+    same = ("solver=rk4", "trace=exact", "normalisation=none", "callbacks=[default]")
+    steps = ("trainer.max_epochs=2", "dataset.steps_per_epoch=4")
+    common = (*SMALL, f"dataset.path={rows}", *same, *steps)
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(launch(*common, "trainer=cpu", "dataset.batch_size=20", f"hydra.run.dir={one}", cwd=tmp_path))
+    finish(launch(*common, "trainer=ddp_cpu", "dataset.batch_size=10", f"hydra.run.dir={two}", cwd=tmp_path))
+    for key, value in state(one)["state_dict"].items():
+        torch.testing.assert_close(state(two)["state_dict"][key], value, atol=2e-5, rtol=2e-4, msg=key)
+    numbers = [json.loads((run / "metrics.json").read_text()) for run in (one, two)]
+    assert numbers[0]["test/nll"] == pytest.approx(numbers[1]["test/nll"], abs=1e-4)
+    assert numbers[1]["context"]["data"]["rows"] == {"train": 89, "val": 11, "test": 11}
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_multirun_with_two_processes_each(tmp_path: Path, rows: Path) -> None:
+    """Both ranks of a job train the job's own configuration, and each job has one folder."""
+    common = (
+        *SMALL,
+        f"dataset.path={rows}",
+        "trainer=ddp_cpu",
+        "trainer.max_epochs=1",
+        "callbacks=[default]",
+    )
+    output = finish(launch("-m", *common, "solver=dopri5,rk4", f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path))
+    jobs = sorted(path.parent for path in (tmp_path / "sweep").glob("*/metrics.json"))
+    assert len(jobs) == 2, output
+    methods = {OmegaConf.load(job / "config_resolved.yaml").solver.method for job in jobs}
+    assert methods == {"dopri5", "rk4"}
+    assert not (tmp_path / "outputs").exists()
+    assert "2 jobs in" in output
+
+
+@pytest.mark.slow
+def test_a_signal_stops_and_resume_goes_on(tmp_path: Path, rows: Path) -> None:
+    common = (*SMALL, f"dataset.path={rows}", "callbacks=[default]")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finish(launch(*common, "trainer.max_epochs=60", f"hydra.run.dir={whole}", cwd=tmp_path))
+    process = launch(*common, "trainer.max_epochs=60", f"hydra.run.dir={parts}", cwd=tmp_path)
+    checkpoint = parts / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert f"resume={parts}" in output
+    finish(launch(f"resume={parts}", cwd=tmp_path))
+    assert equal(state(whole)["state_dict"], state(parts)["state_dict"])
+    header, *lines = (parts / "metrics.csv").read_text().splitlines()
+    column = header.split(",").index("val/nll")
+    assert sum(bool(line.split(",")[column]) for line in lines) >= 60
