@@ -28,6 +28,7 @@ SMALL = (
     "normalisation=actnorm",
     "schedule=plateau",
     "callbacks=[default,ema]",
+    "logger=csv",
     "solver.atol=1e-3",
     "solver.rtol=1e-3",
 )
@@ -73,7 +74,8 @@ def test_checkpoints_hold_plain_values_and_last_is_not_best(
 ) -> None:
     # A rate this high makes the validation NLL worse after the first epochs.
     run = tmp_path / "run"
-    train(lab_config(*SMALL, f"dataset.path={rows}", "optimiser.lr=0.3", "trainer.max_epochs=5", "test=false"))
+    worsening = ("callbacks=[default]", "optimiser.lr=0.5", "trainer.max_epochs=5", "test=false")
+    train(lab_config(*SMALL, f"dataset.path={rows}", *worsening))
     best, last = state(run, "best.ckpt"), state(run, "last.ckpt")
     assert last["epoch"] == 4
     assert best["epoch"] < 4
@@ -120,7 +122,7 @@ def test_weight_decay_acts(tmp_path: Path, rows: Path, lab_config: ComposeConfig
 
 def launch(*arguments: str, cwd: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "cnf_lab.train", "logger=csv", *arguments]
+    command = [sys.executable, "-m", "cnf_lab.train", *arguments]
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -205,6 +205,14 @@ def test_parquet_with_empty_row_groups(tmp_path):
     assert everything(table).flatten().tolist() == [30, 31, 32, 20, 21]
 
 
+def test_parquet_columns_need_names_of_their_own(tmp_path):
+    pq.write_table(
+        pa.Table.from_arrays([pa.array([1.0]), pa.array([2.0])], names=["a", "a"]), tmp_path / "rows.parquet"
+    )
+    with pytest.raises(DataError, match="to have its own name, got a, a"):
+        open_table(str(tmp_path / "rows.parquet"))
+
+
 # -- faults of files -------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,10 @@ class ParquetTable(Table):
         self.schema = self.metadata.schema.to_arrow_schema()
         # Pandas stores its index as a column of such a name; it holds row labels, not data.
         names = [name for name in self.schema.names if not re.fullmatch(r"__index_level_\d+__", name)]
+        if len(set(names)) < len(names):
+            raise DataError(
+                f"Expected each column of {path} to have its own name, got {', '.join(names)}. Rename some."
+            )
         texts = {name: str(self.schema.field(name).type) for name in names if self._number_type(name) is None}
         super().__init__(path, names, texts, named=True)
         sizes = [self.metadata.row_group(group).num_rows for group in range(self.metadata.num_row_groups)]

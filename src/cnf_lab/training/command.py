@@ -120,6 +120,12 @@ def _resumed(arguments: list[str]) -> list[str]:
             "Type resume=outputs/<model>/<data set>/<time>."
         )
     others = [argument for argument in arguments if argument not in resumed]
+    groups = [argument for argument in others if argument.partition("=")[0].lstrip("+~") in _groups()]
+    if groups:
+        raise ConfigError(
+            f"Expected single values to change when a run is resumed, such as trainer.max_epochs=200, got {groups[0]}. "
+            "Leave it out, or start a new run."
+        )
     if {"-m", "--multirun"} & set(others):
         raise ConfigError("Expected resume to continue one run, got it with --multirun. Leave out -m.")
     saved = ["--config-path", str(folder / ".hydra"), "--config-name", "config"]
