@@ -62,7 +62,7 @@ def test_linear_field_is_the_matrix_exponential(x, solver, end_time, trained):
     mapped = flow.pull_back(x)
     torch.testing.assert_close(mapped.value, x @ matrix.mT + shift, rtol=1e-7, atol=1e-7)
     log_det = torch.full((20,), float(end_time * MATRIX.trace()), dtype=torch.float64)
-    torch.testing.assert_close(mapped.log_det, log_det, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mapped.log_det, log_det, rtol=1e-7, atol=1e-7)
     truth = MultivariateNormal(torch.linalg.solve(matrix, -shift), precision_matrix=matrix.mT @ matrix)
     torch.testing.assert_close(flow.log_prob(x), truth.log_prob(x), rtol=1e-6, atol=1e-6)
 
@@ -77,7 +77,9 @@ def test_gradient_of_the_log_density_of_a_linear_field(x):
 @pytest.mark.parametrize("end_time", [0.7, 1.5])
 def test_gaussian_to_gaussian_by_time_dependent_scales(x, end_time):
     # dx/dt = w sigma(a t + c) x scales x by exp(w (softplus(a T + c) - softplus(c)) / a).
-    weight, rate, start = (torch.tensor(v, dtype=torch.float64) for v in ([0.9, -1.2, 0.4], [2.0, -1.5, 0.8], [-1, 0.5, 2]))
+    weight, rate, start = (
+        torch.tensor(v, dtype=torch.float64) for v in ([0.9, -1.2, 0.4], [2.0, -1.5, 0.8], [-1, 0.5, 2])
+    )
     field = linear_layers(Squash, 2 * torch.diag(weight))
     gate = field.stack.layers[0].time_gate
     gate.weight.data.copy_(rate[:, None])
@@ -95,7 +97,12 @@ def test_gaussian_to_gaussian_by_blended_scales(x):
     first, last = torch.tensor([[0.9, -1.2, 0.4], [-0.3, 0.6, 1.1]], dtype=torch.float64)
     field = linear_layers(Blend, MATRIX)
     one, two = field.stack.layers
-    for linear, weight in ((one.start, torch.eye(3)), (one.end, torch.eye(3)), (two.start, first.diag()), (two.end, last.diag())):
+    for linear, weight in (
+        (one.start, torch.eye(3)),
+        (one.end, torch.eye(3)),
+        (two.start, first.diag()),
+        (two.end, last.diag()),
+    ):
         linear.weight.data.copy_(weight)
     flow = flow_of(field, SOLVERS["dopri5"])
     scale = torch.exp((first + last) / 2)
@@ -138,7 +145,7 @@ def test_trained_end_time_starts_where_it_is_told(end_time):
         flow_of(field, SOLVERS["dopri5"], end_time=end_time, train_end_time=trained).pull_back(x).log_det
         for trained in (False, True)
     )
-    torch.testing.assert_close(trained, fixed, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(trained, fixed, rtol=1e-7, atol=0)  # the parameter is born in float32
 
 
 def test_standard_normal_is_that_of_torch():

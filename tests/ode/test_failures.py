@@ -143,7 +143,10 @@ def test_errors_of_the_field_keep_their_own_traceback():
         ({"method": "rk4", "steps": 8, "options": {"step_size": 0.1}}, r"solver\.steps .*step_size"),
         ({"method": "euler", "steps": 8, "options": {"max_order": 4}}, r"solver\.options .* got max_order\."),
         ({"method": "dopri5", "options": {"max_steps": 9}}, r"got max_steps\. Type solver\.options\.max_step"),
-        ({"method": "scipy_solver", "gradient": "adjoint", "options": {"solver": "LSODE"}}, r"got LSODE\. Type .*LSODA"),
+        (
+            {"method": "scipy_solver", "gradient": "adjoint", "options": {"solver": "LSODE"}},
+            r"got LSODE\. Type .*LSODA",
+        ),
         ({"method": "scipy_solver"}, r"solver\.gradient=adjoint with solver\.method=scipy_solver"),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",

@@ -16,7 +16,7 @@ from cnf_lab.errors import ConfigError
 from cnf_lab.fields import ConcatSquash, Mlp, Tanh
 from cnf_lab.flows import ContinuousFlow, Flow, StandardNormal
 from cnf_lab.ode import SolveStats, TorchdiffeqSolver
-from cnf_lab.trace import Exact, Hutchinson, Rademacher
+from cnf_lab.trace import Exact, Gaussian, Hutchinson
 from cnf_lab.training import callbacks, plots
 from cnf_lab.training.callbacks import EpochLine, Plots, SolverMonitor, epoch_line
 from cnf_lab.training.tracking import CsvLogger
@@ -48,7 +48,7 @@ class Module(pl.LightningModule):
         torch.manual_seed(1)
         field = Mlp((columns,), (8,), ConcatSquash, Tanh)
         solver = TorchdiffeqSolver("dopri5", 1e-3, 1e-3, gradient=gradient)
-        transform = ContinuousFlow(field, solver, Hutchinson(Rademacher()), evaluation_solver, Exact())
+        transform = ContinuousFlow(field, solver, Hutchinson(Gaussian()), evaluation_solver, Exact())
         self.flow = Flow(transform, StandardNormal((columns,)))
         self.solves = []
 

@@ -8,7 +8,7 @@ References:
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torchdiffeq
@@ -24,6 +24,7 @@ from cnf_lab.ode.base import (
     example_error_norm,
 )
 
+T = TypeVar("T")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED_GRID = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
 SCIPY = ("scipy_solver",)
@@ -86,9 +87,8 @@ class TorchdiffeqSolver(OdeSolver):
                 f"got solver.steps={steps} with solver.method={method}. Type solver=rk4 solver.steps=8."
             )
         for option in options or {}:
-            known = next(names for methods, names in OPTIONS.items() if method in methods)
-            _check_choice("solver.options", option, known)
-        if method in FIXED_GRID and steps is None and "step_size" not in (options or {}):
+            _check_choice("solver.options", option, _of_family(OPTIONS, method))
+        if method in FIXED_GRID and steps is None and (options or {}).get("step_size") is None:
             raise ConfigError(
                 f"Expected a grid for the fixed-grid method {method}, got neither solver.steps nor "
                 "solver.options.step_size. Type solver.steps=8."
@@ -99,7 +99,11 @@ class TorchdiffeqSolver(OdeSolver):
                 "got solver.gradient=direct. Type solver.gradient=adjoint."
             )
         self.method, self.atol, self.rtol, self.steps = method, atol, rtol, steps
-        self.error_norm, self.gradient, self.options = error_norm, gradient, dict(options or {})
+        self.error_norm, self.gradient, self.options = (
+            error_norm,
+            gradient,
+            {name: value for name, value in (options or {}).items() if value is not None},
+        )
         self.adjoint_atol, self.adjoint_rtol = adjoint_atol, adjoint_rtol
         self.adjoint_seminorm = adjoint_seminorm
 
@@ -121,7 +125,7 @@ class TorchdiffeqSolver(OdeSolver):
         """Integrate from t0 to t1; see :meth:`OdeSolver.solve`."""
         if t0 == t1:
             return state, SolveStats()
-        observed = _Observed(rhs)
+        observed = _of_family(OBSERVED, self.method)(rhs)
         if not all(bool(part.isfinite().all()) for part in state):
             raise SolverError(self._failure(observed, t0, "the state at the start is not finite"))
         # The times are data of the solve, never differentiated: an end time that is trained
@@ -179,7 +183,7 @@ class TorchdiffeqSolver(OdeSolver):
 
 
 class _Observed:
-    """A right-hand side that counts its evaluations and remembers the last step."""
+    """A right-hand side that counts its evaluations, before and after the end of the solve."""
 
     def __init__(self, rhs: RightHandSide) -> None:
         self.rhs = rhs
@@ -194,15 +198,26 @@ class _Observed:
             self.stats.nfe_forward += 1
         return self.rhs(t, state)
 
-    # torchdiffeq looks these up by name.
+
+# torchdiffeq looks callbacks up by name, and warns of one that the method does not call.
+class _ObservedSteps(_Observed):
+    """Remembers the last step as well."""
+
     def callback_step(self, t0: Tensor, state: State, dt: Tensor) -> None:
         self.last_step = (t0, dt)
+
+
+class _ObservedAdaptiveSteps(_ObservedSteps):
+    """Counts accepted and rejected steps as well."""
 
     def callback_accept_step(self, t0: Tensor, state: State, dt: Tensor) -> None:
         self.stats.accepted_steps += 1
 
     def callback_reject_step(self, t0: Tensor, state: State, dt: Tensor) -> None:
         self.stats.rejected_steps += 1
+
+
+OBSERVED = {ADAPTIVE: _ObservedAdaptiveSteps, FIXED_GRID: _ObservedSteps, SCIPY: _Observed}
 
 
 @contextmanager
@@ -215,6 +230,10 @@ def backward_failures() -> Iterator[None]:
             f"The backward solve of the adjoint failed: {_first_line(str(failure))}. "
             "Type solver.gradient=direct, or loosen solver.adjoint_atol and solver.adjoint_rtol."
         ) from failure
+
+
+def _of_family(table: Mapping[tuple[str, ...], T], method: str) -> T:
+    return next(entry for methods, entry in table.items() if method in methods)
 
 
 def _equal_steps(steps: int) -> Callable[..., Tensor]:

@@ -6,12 +6,16 @@ errors that name the option instead of a chain of exceptions.
 """
 
 import copy
+import difflib
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytorch_lightning as pl
-from hydra.utils import instantiate
+import torch
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor
 from torch import Tensor
@@ -34,6 +38,7 @@ def build(config: DictConfig | dict[str, Any], what: str, **values: Any) -> Any:
         LabError: As the part raised it.
         ConfigError: If the part cannot be made with these options.
     """
+    _check_options(config, what)
     try:
         # The values join at the call: inside instantiate they would be copied and searched for targets.
         return instantiate(config, _partial_=True, _convert_="all")(**values)
@@ -150,6 +155,38 @@ def plain(config: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _check_options(config: DictConfig | dict[str, Any], what: str) -> None:
+    """Say which option is unknown, or is a text where a number belongs."""
+    target = get_object(config["_target_"])
+    parameters = inspect.signature(target).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    hints = _hints(target)
+    for key, value in config.items():
+        if str(key).startswith("_"):
+            continue
+        if key not in parameters:
+            closest = difflib.get_close_matches(str(key), parameters, n=1)
+            typed = f" Type {what}.{closest[0]}={value}." if closest else ""
+            raise ConfigError(f"Expected {what} to have options {', '.join(parameters)}, got {key}.{typed}")
+        if isinstance(value, str) and key in hints and not _admits_text(hints[key]):
+            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            raise ConfigError(f"Expected {what}.{key} to be {wanted}, got {value}. Type {what}.{key}=<{wanted}>.")
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError):
+        return {}  # annotations that need imports of their own are not ours to check
+
+
+def _admits_text(hint: Any) -> bool:
+    """Whether an annotation leaves room for a text: anything but numbers, truth values and None."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return not all(member in (int, float, bool, type(None), torch.Tensor) for member in members)
 
 
 def _training_rows(data: FlowDataModule) -> Iterator[tuple[Tensor, Tensor | None]]:

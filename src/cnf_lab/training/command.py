@@ -94,8 +94,10 @@ def explain(error: BaseException, arguments: Sequence[str], config_name: str) ->
         error = error.__cause__
     if isinstance(error, LabError):
         return " ".join(str(error).split())
+    groups = _groups()
+    chosen = [argument for argument in arguments if _is_choice(argument, groups)]
     for argument in arguments:
-        unknown = _unknown(argument, config_name)
+        unknown = _unknown(argument, groups, chosen, config_name)
         if unknown:
             return unknown
     text = str(error) if error.__cause__ is None else f"{error} {error.__cause__}"
@@ -132,18 +134,22 @@ def _resumed(arguments: list[str]) -> list[str]:
     return [*saved, *others, f"resume={folder}", f"hydra.run.dir={folder}"]
 
 
-def _unknown(argument: str, config_name: str) -> str | None:
+def _is_choice(argument: str, groups: dict[str, list[str]]) -> bool:
+    group, _, option = argument.partition("=")
+    return option in groups.get(group, ())
+
+
+def _unknown(argument: str, groups: dict[str, list[str]], chosen: Sequence[str], config_name: str) -> str | None:
     """Explain what is unknown about one override, or None where it is known."""
     match = re.match(r"^[+~]{0,2}([\w/.@-]+)=(.*)$", argument)
     if not match or argument.startswith("hydra"):
         return None
     key, value = match.group(1).split("@")[0], match.group(2)
-    groups = _groups()
     if key in groups:
         values = [item.strip("'\"[] ") for item in value.split(",")]
         wrong = [item for item in values if item and item not in (*groups[key], "null")]
         return _expected(f"{key} to be one of", wrong[0], groups[key], f"{key}=") if wrong else None
-    keys = _keys(config_name)
+    keys = _keys(config_name, chosen)
     if key in keys or argument.startswith(("+", "~")):
         return None
     names = sorted({*keys, *groups})
@@ -177,11 +183,11 @@ def _groups() -> dict[str, list[str]]:
     return groups
 
 
-def _keys(config_name: str) -> set[str]:
-    """Return all keys of the default configuration, dotted."""
+def _keys(config_name: str, chosen: Sequence[str]) -> set[str]:
+    """Return all keys of the configuration with these choices of options, dotted."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return set(_dotted(OmegaConf.to_container(compose(config_name), resolve=False)))
+        return set(_dotted(OmegaConf.to_container(compose(config_name, list(chosen)), resolve=False)))
 
 
 def _dotted(node: Any, prefix: str = "") -> list[str]:

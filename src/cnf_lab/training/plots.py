@@ -217,10 +217,11 @@ def trajectories_2d(
     panels.lines(axes["L"], states[:, :LINES], colours[:LINES])
     title = f"from latent (grey) to data (coloured){_given(context)}"
     panels.dress_plane(axes["L"], title, panels.union(windows[0], windows[-1]), panels.column_labels(names, 2))
-    for panel, index in zip("abcdef", np.linspace(0, len(states) - 1, 6).round().astype(int), strict=True):
+    for share, panel in zip(np.linspace(0, 1, 6), "abcdef", strict=True):
+        index = round(share * (len(states) - 1))
         x, y = states[index].T
         axes[panel].scatter(x, y, s=2.5, c=colours, linewidths=0, rasterized=True)
-        title = {"a": "latent", "f": "data"}.get(panel, f"{index / (len(states) - 1):.0%} of the way")
+        title = {"a": "latent", "f": "data"}.get(panel, f"{share:.0%} of the way")
         panels.dress_plane(axes[panel], title, windows[index])
     return figure
 
@@ -416,10 +417,10 @@ def curves(metrics_csv_path: str | Path, metric: str = "nll", unit: str = "nats"
     clock = _clock(*series.get("time/step_seconds", nothing))
     for stage, label, colour in (("train", "training", PALE), ("val", "validation", FLOW)):
         steps, values = series.get(f"{stage}/{metric}", nothing)
-        by_step.plot(steps, values, color=colour, label=label)
-        by_time.plot(np.interp(steps, *clock), values, color=colour, label=label)
+        _curve(by_step, steps, values, colour, label)
+        _curve(by_time, np.interp(steps, *clock), values, colour, label)
     for name, colour in (("forward", DATA), ("backward", FLOW)):
-        cost.plot(*series.get(f"nfe/{name}", nothing), color=colour, label=name)
+        _curve(cost, *series.get(f"nfe/{name}", nothing), colour, name)
     title = f"{metric.replace('_', ' ').replace('nll', 'NLL')} ({unit})"
     panels.dress(by_step, xlabel="training steps", ylabel=title)
     panels.dress(by_time, xlabel="time in training steps (s)", ylabel=title)
@@ -428,6 +429,11 @@ def curves(metrics_csv_path: str | Path, metric: str = "nll", unit: str = "nats"
         axes.grid(color="#EEEEEE", lw=0.6)
         axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _curve(axes: "matplotlib.axes.Axes", x: np.ndarray, y: np.ndarray, colour: str, label: str) -> None:
+    # A line through one point would show nothing.
+    axes.plot(x, y, color=colour, label=label, marker="." if len(x) < 10 else None)
 
 
 def _series(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -1,0 +1,185 @@
+"""Every yaml of every group composes, fits the signature of its target, and survives a short run."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from cnf_lab.train import train
+from cnf_lab.training.command import config_folder
+
+ComposeConfig = Callable[..., DictConfig]
+CONF = config_folder()
+TABULAR = ("power", "gas", "hepmass", "miniboone", "bsds300")
+#: Arguments that the lab gives besides those of the yaml.
+GIVEN = {
+    "architecture": {"event_shape", "context_features"},
+    "preprocess": {"event_shape"},
+    "normalisation": {"event_shape"},
+    "objective": {"regularisers"},
+    "regulariser": set(),
+    "optimiser": {"params"},
+    "schedule": {"optimizer"},
+    "model": {
+        "event_shape",
+        "context_features",
+        "field",
+        "solver",
+        "evaluation_solver",
+        "divergence",
+        "evaluation_divergence",
+        "preprocess",
+        "normalisation",
+    },
+    "trainer": {"callbacks", "logger", "default_root_dir", "enable_progress_bar"},
+}
+#: Keys of a yaml that the lab takes out before it makes the target.
+TAKEN = {"model": {"name", "module", "evaluation_trace"}, "solver": {"evaluation"}}
+#: Targets of other libraries need not list all of their options.
+PARTLY = ("torch.", "pytorch_lightning.")
+
+
+def options(group: str) -> list[str]:
+    return sorted(
+        path.relative_to(CONF / group).with_suffix("").as_posix() for path in (CONF / group).glob("**/*.yaml")
+    )
+
+
+def cases(*groups: str) -> list[Any]:
+    names = [f"{group}={option}" for group in groups for option in options(group) if "/" not in option]
+    assert names
+    return [pytest.param(name, id=name) for name in names]
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small files in the true formats of all data sets that are read from disk."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for folder in ("power", "miniboone", "gas", "hepmass", "BSDS300", "bsds300/images/train"):
+        (root / folder).mkdir(parents=True)
+    np.save(root / "power" / "data.npy", rng.normal(size=(60, 8)))
+    np.save(root / "miniboone" / "data.npy", rng.normal(size=(60, 43)))
+    names = ["Time", "Meth", "Eth", *(f"R{number}" for number in range(8))]
+    pd.DataFrame(rng.normal(size=(60, 11)), columns=names).to_pickle(root / "gas" / "ethylene_CO.pickle")
+    for file, extra in (("train", 0), ("test", 1)):
+        table = np.column_stack([np.ones(60), rng.normal(size=(60, 27 + extra))])
+        header = ["# label", *(f"f{number}" for number in range(27)), "mass"][: table.shape[1]]
+        pd.DataFrame(table, columns=header).to_csv(root / "hepmass" / f"1000_{file}.csv", index=False)
+    with h5py.File(root / "BSDS300" / "BSDS300.hdf5", "w") as file:
+        for split in ("train", "validation", "test"):
+            file[split] = rng.normal(size=(40, 63))
+    for number in range(12):
+        pixels = rng.integers(0, 255, (321, 481), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "bsds300" / "images" / "train" / f"{number}.jpg")
+    Image.fromarray(rng.integers(0, 255, (20, 30), dtype=np.uint8)).save(root / "picture.png")
+    np.save(root / "rows.npy", rng.normal(size=(80, 3)))
+    return root
+
+
+def needs(option: str, root: Path) -> list[str]:
+    """What an option needs from the user, and what keeps a run of it short."""
+    name = option.rsplit("/", 1)[-1].rsplit("=", 1)[-1]
+    short = ["dataset.batch_size=8", "dataset.evaluation_batch_size=16", "debug=fast", "threads=1"]
+    if name in TABULAR:
+        return [f"dataset.root={root}", "dataset.allow_partial=true", "architecture.hidden=[8]", *short]
+    if name == "bsds300_patches":
+        patches = [f"dataset.{split}_patches=40" for split in ("train", "val", "test")]
+        return [f"dataset.root={root}", "dataset.allow_partial=true", "architecture.hidden=[8]", *patches, *short]
+    if name == "custom":
+        return [f"dataset.path={root / 'rows.npy'}", *short]
+    if name == "picture":
+        return [f"dataset.path={root / 'picture.png'}", "dataset.evaluation_rows=20", *short]
+    if option.startswith("experiment=ffjord/tabular"):
+        return ["dataset=custom", f"dataset.path={root / 'rows.npy'}", *short]
+    return ["dataset.evaluation_rows=20", *short]
+
+
+def survive(config: DictConfig) -> None:
+    assert np.isfinite(train(config))
+    assert (Path(config.paths.run) / "metrics.json").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.parametrize("option", cases("dataset"))
+def test_data_sets(option: str, data_root: Path, lab_config: ComposeConfig) -> None:
+    survive(lab_config(option, "callbacks=[default]", *needs(option, data_root)))
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_experiments(name: str, data_root: Path, lab_config: ComposeConfig) -> None:
+    option = f"experiment={name}"
+    survive(lab_config(option, *needs(option, data_root), "callbacks=[default,early_stopping]"))
+
+
+@pytest.mark.parametrize(
+    "option",
+    cases("solver", "trace", "architecture", "objective", "regulariser", "preprocess", "normalisation")
+    + cases("architecture/layer", "architecture/activation", "optimiser", "schedule", "model", "paths"),
+)
+def test_parts(option: str, data_root: Path, lab_config: ComposeConfig) -> None:
+    extra = ["architecture=encoder_decoder"] if option == "trace=bottleneck" else []
+    if option.startswith("regulariser"):
+        extra = ["regulariser=[none,kinetic]"]
+    survive(lab_config(option, *extra, "callbacks=[default]", *needs("", data_root)))
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+@pytest.mark.parametrize("option", cases("callbacks", "debug", "logger", "trainer"))
+def test_surroundings(option: str, data_root: Path, lab_config: ComposeConfig) -> None:
+    if option in ("trainer=gpu", "trainer=ddp") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if option == "trainer=ddp_cpu":
+        pytest.skip("processes are tested in test_train.py")
+    group, name = option.split("=")
+    chosen = f"callbacks=[default,{name}]" if group == "callbacks" else option
+    overrides = [item for item in needs("", data_root) if item != "debug=fast"]
+    small = ["trainer.max_epochs=1", "dataset.steps_per_epoch=2", "trainer.check_val_every_n_epoch=1"]
+    figures = ["callbacks.plots.resolution=10", "callbacks.plots.samples=20"] if name == "plots" else []
+    survive(lab_config("callbacks=[default]", chosen, *overrides, *small, *figures))
+
+
+@pytest.mark.parametrize(
+    "option",
+    cases("dataset", "solver", "trace", "architecture", "objective", "regulariser", "preprocess", "normalisation")
+    + cases("optimiser", "schedule", "model", "trainer", "callbacks", "logger"),
+)
+def test_keys_are_the_arguments_of_the_target(option: str, lab_config: ComposeConfig) -> None:
+    group, name = option.split("=")
+    if group in ("callbacks", "logger", "regulariser"):
+        config = lab_config(f"{group}=[{name}]")[group]
+        nodes = [node for node in config.values() if OmegaConf.is_dict(node)]
+    else:
+        nodes = [lab_config(option)[group]]
+    for node in nodes:
+        if "_target_" not in node:
+            assert not node, "an option without a target says nothing"
+            continue
+        parameters = inspect.signature(get_object(node._target_)).parameters
+        keys = {str(key) for key in node if not str(key).startswith("_")} - TAKEN.get(group, set())
+        given = GIVEN.get(group, set())
+        assert keys <= parameters.keys(), "unknown keys"
+        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        required = {
+            key
+            for key, parameter in parameters.items()
+            if parameter.default is parameter.empty and parameter.kind not in variadic
+        }
+        assert required <= keys | given, "missing keys"
+        if not node._target_.startswith(PARTLY):
+            assert parameters.keys() == keys | (given & parameters.keys()), "options that the yaml does not show"
+
+
+def test_every_yaml_begins_with_what_it_is() -> None:
+    for path in CONF.glob("**/*.yaml"):
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith("#"), path
+        assert any(line.startswith("# ") and "@package" not in line for line in lines[:3]), path
