@@ -69,7 +69,8 @@ def evaluate(config: DictConfig) -> float:
     for note in notes:
         log.warning("%s", note)
     log.info("%s: nll %.4f ± %.4f %s over %s rows", name, mean, error, unit, f"{len(log_prob):,}")
-    log.info("exact divergence, %s, %s, %d evaluations", solver.describe(), config.precision, nfe)
+    tolerance = f"atol {config.atol:g}, rtol {config.rtol:g}"
+    log.info("exact divergence, %s, %s, %s, %d evaluations", config.method, tolerance, config.precision, nfe)
     log.info("log-density of every row: %s", folder / f"{name}_log_prob.npy")
     return mean
 

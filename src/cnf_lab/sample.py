@@ -50,7 +50,7 @@ def sample(config: DictConfig) -> None:
         np.save(path, samples)
     else:
         header = ",".join(names or (f"x{number}" for number in range(samples.shape[1])))
-        np.savetxt(path, samples, delimiter=",", header=header, comments="")
+        np.savetxt(path, samples, delimiter=",", header=header, comments="", fmt="%.9g")
     log.info("%s rows: %s", f"{len(samples):,}", path)
     if config.plot and samples.ndim == 2:
         picture = path.with_suffix(".png")

@@ -17,12 +17,13 @@ from cnf_lab.flows import (
     NoPreprocess,
     Standardise,
     StandardNormal,
+    Transform,
     Whiten,
 )
 from cnf_lab.ode import TorchdiffeqSolver
 from cnf_lab.trace import Exact
 
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5
 SOLVER = TorchdiffeqSolver("dopri5", TOLERANCE, TOLERANCE, error_norm="example")
 
 
@@ -56,11 +57,10 @@ def blocks(shape, norm, count):
 
 
 CHAINS = {
-    "one-block": lambda shape: [block(mlp(shape))],
+    "one-block": lambda shape: [NoPreprocess(shape), block(mlp(shape))],
     "three-blocks": lambda shape: [block(mlp(shape)) for _ in range(3)],
-    "no-preprocess": lambda shape: [NoPreprocess(shape), block(mlp(shape))],
     "trained-end-time": lambda shape: [block(mlp(shape), end_time=0.7, train_end_time=True)],
-    "residual": lambda shape: [block(Residual(shape, 6, 1, Tanh, 2))],
+    "residual": lambda shape: [block(Residual(shape, 4, 1, Tanh, 1))],
     "encoder-decoder": lambda shape: [block(EncoderDecoder(shape, [5, 2], ConcatSquash, Tanh))],
     "batch-norm": lambda shape: blocks(shape, MovingBatchNorm, 2),
     "act-norm": lambda shape: blocks(shape, ActNorm, 2),
@@ -74,18 +74,16 @@ CHAINS = {
     ],
 }
 IMAGE_CHAINS = {
-    "image-block": lambda shape: [block(Convolution(shape))],
     "image-batch-norm": lambda shape: [MovingBatchNorm(shape), block(Convolution(shape)), MovingBatchNorm(shape)],
     "image-act-norm": lambda shape: [ActNorm(shape), block(Convolution(shape)), ActNorm(shape)],
     "image-whiten": lambda shape: [Whiten(shape), block(Convolution(shape))],
 }
 CASES = [
-    pytest.param(make, (d,), id=f"{name}-{d}")
+    pytest.param((make, (d,)), id=f"{name}-{d}")
     for name, make in CHAINS.items()
     for d in ((3,) if name != "one-block" else (1, 2, 3, 4))
 ]
-CASES += [pytest.param(make, (2, 1, 2), id=name) for name, make in IMAGE_CHAINS.items()]
-every_chain = pytest.mark.parametrize(("make", "shape"), CASES)
+CASES += [pytest.param((make, (2, 1, 2)), id=name) for name, make in IMAGE_CHAINS.items()]
 
 
 def rows(n, shape):
@@ -94,22 +92,44 @@ def rows(n, shape):
     return (1 + 2 * mixed).reshape(n, *shape)
 
 
-@pytest.fixture
-def chain(make, shape, randomise):
-    """Return a chain in evaluation mode whose every part has something to say."""
-    chain = randomise(Chain(make(shape)), 0.4)
+def prepare(chain, shape):
+    """Fit the preprocessing, initialise the normalisation, and go to evaluation mode."""
     for part in chain.modules():
         if isinstance(part, Standardise | Whiten):
             part.fit([rows(50, shape)])
     with torch.no_grad():
         chain.train().pull_back(rows(50, shape))
-    for name, parameter in chain.named_parameters():
-        if name.endswith(("weight", "bias", "shift", "log_scale")) and parameter.dim() == 1:
-            nn.init.normal_(parameter, std=0.3)
     return chain.eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def shape(case):
+    return case[1]
+
+
+@pytest.fixture(scope="module")
+def make(case):
+    return lambda: Chain(case[0](case[1]))
+
+
+@pytest.fixture(scope="module")
+def chain(make, shape, randomise):
+    """Return a chain in evaluation mode whose every part has something to say."""
+    torch.manual_seed(0)
+    chain = prepare(randomise(make(), 0.4), shape)
+    for part in chain.modules():
+        if isinstance(part, ActNorm | MovingBatchNorm):
+            for parameter in part.parameters():
+                nn.init.normal_(parameter, std=0.3)
+    return chain
+
+
+@pytest.fixture(scope="module")
 def flow(chain, shape):
     return Flow(chain, StandardNormal(shape)).double().eval()
 
@@ -119,28 +139,17 @@ def x(shape):
     return rows(4, shape)
 
 
-@every_chain
-def test_shapes_and_finite_numbers(chain, x):
-    for mapped in (chain.pull_back(x), chain.push_forward(x)):
-        assert isinstance(mapped, Mapped)
-        assert mapped.value.shape == x.shape
-        assert mapped.log_det.shape == (4,)
-        assert mapped.value.dtype == mapped.log_det.dtype == torch.float64
-        assert mapped.value.isfinite().all()
-        assert mapped.log_det.isfinite().all()
-        assert mapped.integrals == ()
-
-
-@every_chain
 def test_log_det_is_that_of_the_jacobian_of_the_whole_map(chain, x):
-    jacobian = torch.autograd.functional.jacobian(lambda y: chain.pull_back(y).value.sum(dim=0), x)
-    size = x[0].numel()
-    expected = torch.linalg.slogdet(jacobian.reshape(size, 4, size).transpose(0, 1))
+    mapped = chain.pull_back(x.requires_grad_())
+    assert isinstance(mapped, Mapped)
+    assert (mapped.value.shape, mapped.log_det.shape, mapped.integrals) == (x.shape, (4,), ())
+    entries = mapped.value.flatten(1).sum(dim=0)
+    gradients = [torch.autograd.grad(entry, x, retain_graph=True)[0].flatten(1) for entry in entries]
+    expected = torch.linalg.slogdet(torch.stack(gradients, dim=1))
     assert (expected.sign > 0).all()
-    torch.testing.assert_close(chain.pull_back(x).log_det, expected.logabsdet, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mapped.log_det, expected.logabsdet, rtol=0, atol=100 * TOLERANCE)
 
 
-@every_chain
 @torch.no_grad()
 def test_log_det_is_the_sum_of_the_parts(chain, x):
     total, value = x.new_zeros(4), x
@@ -152,65 +161,42 @@ def test_log_det_is_the_sum_of_the_parts(chain, x):
     torch.testing.assert_close(whole.value, value, rtol=1e-12, atol=1e-12)
 
 
-@every_chain
 @torch.no_grad()
 def test_push_forward_is_the_inverse_and_log_dets_cancel(chain, x):
     there = chain.pull_back(x)
     back = chain.push_forward(there.value)
-    # Ten times the tolerance, times the size of the numbers, for each solve.
-    bound = 10 * TOLERANCE * max(1, len(there.solves)) * float(x.abs().max())
+    sample = chain.push_forward(there.value, with_log_det=False)
+    # Ten times the tolerance of every solve, in units of the largest entry.
+    bound = 10 * TOLERANCE * len(there.solves) * float(x.abs().max())
     torch.testing.assert_close(back.value, x, rtol=0, atol=bound)
+    torch.testing.assert_close(sample.value, x, rtol=0, atol=bound)
     torch.testing.assert_close(back.log_det, -there.log_det, rtol=0, atol=bound)
-    again = chain.pull_back(chain.push_forward(x).value).value
-    torch.testing.assert_close(again, x, rtol=0, atol=bound)
 
 
-@every_chain
-@torch.no_grad()
-def test_samples_do_without_a_log_det(chain, x):
-    plain, full = chain.push_forward(x, with_log_det=False), chain.push_forward(x)
-    torch.testing.assert_close(plain.value, full.value, rtol=0, atol=100 * TOLERANCE)
-
-
-@every_chain
 def test_every_parameter_gets_a_gradient(flow, x):
     flow.log_prob(x).mean().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in flow.parameters())
 
 
-@every_chain
 @torch.no_grad()
 def test_rows_do_not_see_each_other(flow, x):
-    together = flow.log_prob(x)
-    alone = torch.cat([flow.log_prob(row) for row in x.split(1)])
-    torch.testing.assert_close(together, alone, rtol=0, atol=100 * TOLERANCE)
+    torch.testing.assert_close(flow.log_prob(x)[:1], flow.log_prob(x[:1]), rtol=0, atol=100 * TOLERANCE)
 
 
-@every_chain
 @torch.no_grad()
-def test_state_dict_and_copies_carry_everything(flow, make, shape, x):
-    expected = flow.log_prob(x)
-    other = Flow(Chain(make(shape)), StandardNormal(shape)).double().eval()
+def test_state_dict_and_copies_carry_everything_and_evaluation_changes_nothing(flow, make, shape, x):
+    other = Flow(make(), StandardNormal(shape)).double().eval()
     other.load_state_dict(flow.state_dict())
-    assert other.log_prob(x).equal(expected)
-    assert copy.deepcopy(flow).log_prob(x).equal(expected)
-
-
-@every_chain
-@torch.no_grad()
-def test_evaluation_changes_nothing(flow, x):
     before = {name: value.clone() for name, value in flow.state_dict().items()}
-    flow.log_prob(x)
-    flow.sample(3)
+    expected = flow.log_prob(x)
+    assert copy.deepcopy(other).log_prob(x).equal(expected)
     assert all(value.equal(before[name]) for name, value in flow.state_dict().items())
 
 
-@every_chain
 def test_trajectory_ends_where_push_forward_does(flow, x):
-    points = 3
-    states = flow.trajectory(x, points=points)
-    parts = [part for part in flow.modules() if hasattr(part, "pull_back") and not isinstance(part, Chain | Flow)]
-    assert len(states) == 1 + sum(points if isinstance(part, ContinuousFlow) else 1 for part in parts)
+    states = flow.trajectory(x, points=2)
+    parts = [part for part in flow.modules() if isinstance(part, Transform) and not isinstance(part, Chain)]
+    assert len(states) == 1 + sum(2 if isinstance(part, ContinuousFlow) else 1 for part in parts)
     assert states[0].equal(x)
     assert not states.requires_grad
     torch.testing.assert_close(states[-1], flow.push_forward(x).value, rtol=0, atol=1000 * TOLERANCE)
@@ -218,33 +204,23 @@ def test_trajectory_ends_where_push_forward_does(flow, x):
 
 @torch.no_grad()
 @pytest.mark.parametrize("end_time", [0.5, 1.0, 3.0])
-@pytest.mark.parametrize("name", ["one-block", "standardise", "batch-norm", "residual"])
+@pytest.mark.parametrize("name", ["one-block", "standardise", "batch-norm"])
 def test_density_of_one_dimension_has_mass_one(name, end_time, randomise):
     chain = randomise(Chain(CHAINS[name]((1,))), 1.2)
     for part in chain.modules():
-        if isinstance(part, Standardise):
-            part.fit([rows(50, (1,))])
         if isinstance(part, ContinuousFlow):
             part.end_time = end_time
-    chain.train().pull_back(rows(50, (1,)))
-    flow = Flow(chain, StandardNormal((1,))).double().eval()
+    flow = Flow(prepare(chain, (1,)), StandardNormal((1,))).double().eval()
     ends = flow.push_forward(torch.tensor([[-7.0], [7.0]], dtype=torch.float64)).value.flatten()
-    x = torch.linspace(float(ends[0]), float(ends[1]), 4001, dtype=torch.float64)
+    x = torch.linspace(float(ends[0]), float(ends[1]), 2001, dtype=torch.float64)
     mass = torch.trapezoid(flow.log_prob(x[:, None]).exp(), x)
-    assert abs(mass - 1) < 1e-6
+    assert abs(mass - 1) < TOLERANCE
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["one-block", "everything"])
 def test_density_of_two_dimensions_has_mass_one(name, randomise):
-    solver = TorchdiffeqSolver("dopri5", 1e-6, 1e-6, error_norm="example")
-    chain = randomise(Chain(CHAINS[name]((2,))), 0.6)
-    for part in chain.modules():
-        if isinstance(part, Whiten):
-            part.fit([rows(50, (2,))])
-    chain.train().pull_back(rows(50, (2,)))
-    flow = Flow(chain, StandardNormal((2,))).double().eval()
-    flow.set_evaluation(solver, Exact())
+    flow = Flow(prepare(randomise(Chain(CHAINS[name]((2,))), 0.6), (2,)), StandardNormal((2,))).double().eval()
     angle = torch.linspace(0, 2 * torch.pi, 65, dtype=torch.float64)
     rim = flow.push_forward(6 * torch.stack([angle.cos(), angle.sin()], dim=1)).value
     axes = [
@@ -254,4 +230,4 @@ def test_density_of_two_dimensions_has_mass_one(name, randomise):
     grid = torch.cartesian_prod(*axes)
     density = flow.log_prob(grid).exp().reshape(161, 161)
     mass = torch.trapezoid(torch.trapezoid(density, axes[1]), axes[0])
-    assert abs(mass - 1) < 1e-5
+    assert abs(mass - 1) < TOLERANCE

@@ -37,10 +37,8 @@ class AffineMap(NamedTuple):
 
     def linear(self, v: Float[Tensor, "*more batch in"]) -> Float[Tensor, "*more batch out"]:
         """Apply the linear part, to tangents as well."""
-        if self.weight.dim() == 2:
-            y = F.linear(v, self.weight)
-        else:
-            y = torch.einsum("boi,...bi->...bo", self.weight, v)
+        per_row = self.weight.dim() == 3
+        y = torch.einsum("boi,...bi->...bo", self.weight, v) if per_row else F.linear(v, self.weight)
         return y if self.gate is None else y * self.gate
 
     def modulated(self, gate: Tensor, shift: Tensor) -> "AffineMap":

@@ -164,11 +164,11 @@ def _check_options(config: DictConfig | dict[str, Any], what: str) -> None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     hints = _hints(target)
-    for key, value in config.items():
-        if str(key).startswith("_"):
+    for key, value in ((str(key), value) for key, value in config.items()):
+        if key.startswith("_"):
             continue
         if key not in parameters:
-            closest = difflib.get_close_matches(str(key), parameters, n=1)
+            closest = difflib.get_close_matches(key, parameters, n=1)
             typed = f" Type {what}.{closest[0]}={value}." if closest else ""
             raise ConfigError(f"Expected {what} to have options {', '.join(parameters)}, got {key}.{typed}")
         if isinstance(value, str) and key in hints and not _admits_text(hints[key]):

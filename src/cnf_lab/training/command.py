@@ -68,6 +68,9 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str) -> None:
         hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(guarded)()
         if failures:
             raise failures[0]
+    except BrokenPipeError:
+        # The reader of our output has left, as `head` does; nothing is left to flush to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if traceback_wanted or not _for_user(error):
             raise
@@ -94,7 +97,7 @@ def explain(error: BaseException, arguments: Sequence[str], config_name: str) ->
         error = error.__cause__
     if isinstance(error, LabError):
         return " ".join(str(error).split())
-    groups = _groups()
+    groups = _groups() if config_name == "train" else {}
     chosen = [argument for argument in arguments if _is_choice(argument, groups)]
     for argument in arguments:
         unknown = _unknown(argument, groups, chosen, config_name)

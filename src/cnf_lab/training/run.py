@@ -103,7 +103,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint["hyper_parameters"]["event_shape"]
     except Exception as failure:
         raise DataError(
-            f"Expected a checkpoint written by cnf_lab, got {file} ({str(failure).splitlines()[0] or type(failure)}). "
+            f"Expected a checkpoint written by cnf_lab, got {file} ({str(failure).partition(".")[0] or type(failure)}). "
             "Choose another run=..., or train again."
         ) from failure
     return checkpoint
