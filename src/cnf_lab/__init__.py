@@ -30,7 +30,8 @@ def load(run: str | _Path) -> "Flow":
         run: A run folder (its best checkpoint, else its last) or a checkpoint file.
 
     Returns:
-        A flow with ``log_prob``, ``sample``, ``pull_back`` and ``push_forward``.
+        A flow with ``log_prob``, ``sample``, ``pull_back`` and ``push_forward``. Its parameters are
+        frozen; ``flow.requires_grad_()`` makes them trainable again.
 
     Raises:
         ConfigError: If there is no checkpoint.

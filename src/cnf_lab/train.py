@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -10,6 +11,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cnf_lab.data import FlowDataModule
+from cnf_lab.errors import ConfigError
 from cnf_lab.models import FlowModule
 from cnf_lab.training import tracking
 from cnf_lab.training.build import build_data, build_flow, build_module, build_trainer, fit_preprocess, plain
@@ -31,6 +33,8 @@ def train(config: DictConfig) -> float:
         The best validation value of what the model watches, for sweepers.
     """
     folder = Path(config.paths.run)
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"Expected seed from 0 to {2**32 - 1}, got {config.seed}. Type seed=0.")
     if config.threads:
         torch.set_num_threads(config.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
@@ -48,8 +52,9 @@ def train(config: DictConfig) -> float:
     failed = True
     try:
         last = str(folder / "checkpoints" / "last.ckpt") if config.resume else None
+        started = time.monotonic()
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
-        metrics = numbers(trainer)
+        metrics = {**numbers(trainer), "time/fit_seconds": time.monotonic() - started}
         if config.test:
             load_best(module, trainer)
             trainer.test(module, data, verbose=False)

@@ -7,7 +7,20 @@ import torch
 from torch import nn
 
 from cnf_lab.errors import ConfigError, SolverError
-from cnf_lab.fields import Blend, Concat, ConcatSquash, Hyper, Identity, Ignore, Mlp, Residual, Softplus, Swish, Tanh
+from cnf_lab.fields import (
+    Blend,
+    Concat,
+    ConcatSquash,
+    Hyper,
+    Identity,
+    Ignore,
+    Mlp,
+    Residual,
+    Softplus,
+    Swish,
+    Tanh,
+    VectorField,
+)
 from cnf_lab.flows import Chain, ContinuousFlow, Flow, MovingBatchNorm, StandardNormal
 from cnf_lab.ode import TorchdiffeqSolver
 from cnf_lab.trace import Exact, Gaussian, Hutchinson, Rademacher
@@ -40,7 +53,11 @@ def scaling(rate):
     [
         pytest.param(TorchdiffeqSolver("rk4", steps=8), 32, id="steps"),
         pytest.param(TorchdiffeqSolver("rk4", options={"step_size": 0.125}), 32, id="step_size"),
-        pytest.param(TorchdiffeqSolver("dopri5", 1e3, 1e3, options={"first_step": 0.25, "ifactor": 1.0}), 25, id="dopri5"),
+        pytest.param(
+            TorchdiffeqSolver("dopri5", 1e3, 1e3, options={"first_step": 0.25, "ifactor": 1.0}),
+            25,
+            id="dopri5",
+        ),
     ],
 )
 def test_options_of_the_solver_are_honoured_in_both_modes(field, x, training, direction, solver, evaluations):
@@ -105,12 +122,16 @@ def test_field_sees_times_from_0_to_the_end_time(x, trained):
 
     class Clock(Residual):
         def forward(self, t, x, context=None):
-            times.append(float(t))
+            times.append(t.item())
             return super().forward(t, x, context)
 
     field = Clock((3,), 4, 1, Tanh, 1).double()
     flow = ContinuousFlow(
-        field, TorchdiffeqSolver("rk4", steps=3), Hutchinson(Rademacher()), end_time=2.5, train_end_time=trained
+        field,
+        TorchdiffeqSolver("rk4", steps=3),
+        Hutchinson(Rademacher()),
+        end_time=2.5,
+        train_end_time=trained,
     )
     flow.push_forward(x, with_log_det=False)
     assert (min(times), max(times)) == pytest.approx((0, 2.5), abs=1e-6)
@@ -159,26 +180,39 @@ def test_generator_alone_decides_the_estimate(field, x, direction):
     assert not first.equal(other)
 
 
+class Whirl(VectorField):
+    """Turns rows the faster the farther out they are."""
+
+    def forward(self, t, x, context=None):
+        turned = torch.stack([-x[:, 1], x[:, 0]], dim=1)
+        return turned * x.square().sum(dim=1, keepdim=True) + torch.cos(x)
+
+
 @torch.no_grad()
-def test_log_density_does_not_depend_on_the_other_rows(randomise):
-    field = randomise(Mlp((2,), [8, 8], ConcatSquash, Softplus), 0.7)
-    near, far = 0.3 * torch.randn(300, 2, dtype=torch.float64), torch.full((1, 2), 60.0, dtype=torch.float64)
-    tight = Flow(ContinuousFlow(field, TIGHT, Exact()), StandardNormal((2,))).eval()
-    errors = {}
-    for error_norm in ("example", "batch"):
-        solver = TorchdiffeqSolver("dopri5", 1e-5, 1e-5, error_norm=error_norm)
-        flow = Flow(ContinuousFlow(field, solver, Exact()), StandardNormal((2,))).eval()
-        together, alone = flow.pull_back(torch.cat([near, far])), flow.pull_back(near[:1])
-        errors[error_norm] = (together.log_det[-1] - tight.pull_back(far).log_det[0]).abs()
-        if error_norm == "example":
-            torch.testing.assert_close(together.log_det[:1], alone.log_det, rtol=0, atol=1e-4)
-            torch.testing.assert_close(flow.log_prob(torch.cat([near, far]))[:1], flow.log_prob(near[:1]), rtol=0, atol=1e-4)
-    assert errors["example"] < 1e-4
-    assert errors["batch"] > 10 * errors["example"]
+def test_log_density_does_not_depend_on_the_other_rows():
+    def log_prob(rows, tolerance, error_norm):
+        solver = TorchdiffeqSolver("dopri5", tolerance, tolerance, error_norm=error_norm)
+        return Flow(ContinuousFlow(Whirl((2,)), solver, Exact()), StandardNormal((2,))).eval().log_prob(rows)
+
+    near, far = (
+        0.3 * torch.randn(300, 2, dtype=torch.float64),
+        torch.tensor([[2.0, 0.0]], dtype=torch.float64),
+    )
+    rows = torch.cat([near, far])
+    by_example, by_batch = (log_prob(rows, 1e-5, norm)[[0, -1]] for norm in ("example", "batch"))
+    alone = torch.cat([log_prob(row, 1e-5, "example") for row in (near[:1], far)])
+    torch.testing.assert_close(by_example, alone, rtol=0, atol=10e-5)
+    truth = log_prob(far, 1e-8, "example")
+    assert (by_example[1:] - truth).abs() < 50e-5
+    assert (by_batch[1:] - truth).abs() > 500e-5
 
 
 @pytest.mark.parametrize("gradient", ["direct", "adjoint"])
-@pytest.mark.parametrize("trace", [Exact(), Exact(closed_form=False), Hutchinson(Rademacher())], ids=["closed", "forward", "hutchinson"])
+@pytest.mark.parametrize(
+    "trace",
+    [Exact(), Exact(closed_form=False), Hutchinson(Rademacher())],
+    ids=["closed", "forward", "hutchinson"],
+)
 def test_gradients_reach_data_context_and_amortiser(randomise, x, gradient, trace):
     solver = TorchdiffeqSolver("dopri5", 1e-9, 1e-9, gradient=gradient)
     field = randomise(Mlp((3,), [6, 5], ConcatSquash, Tanh, context_features=2))
@@ -243,14 +277,19 @@ def test_end_time_out_of_range_is_refused(field, options, message):
 
 @pytest.mark.parametrize("options", [{"end_time": 2.0}, {"train_end_time": True}], ids=["longer", "trained"])
 def test_blend_is_confined_to_unit_time(options):
-    with pytest.raises(ConfigError, match=r"Expected model\.end_time=1\.0 and .*layer=blend.* Type model\.end_time=1\.0\."):
+    with pytest.raises(
+        ConfigError, match=r"Expected model\.end_time=1\.0 and .*layer=blend.* Type model\.end_time=1\.0\."
+    ):
         ContinuousFlow(Mlp((3,), [4], Blend, Tanh), TIGHT, Exact(), **options)
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        *(pytest.param(partial(Mlp, (3,), [32, 32], layer, Tanh), id=layer.__name__) for layer in (Concat, ConcatSquash, Blend, Hyper)),
+        *(
+            pytest.param(partial(Mlp, (3,), [32, 32], layer, Tanh), id=layer.__name__)
+            for layer in (Concat, ConcatSquash, Blend, Hyper)
+        ),
         pytest.param(partial(Mlp, (3,), [32, 32, 32], ConcatSquash, Softplus), id="three-hidden"),
         pytest.param(partial(Mlp, (3,), [32, 32], ConcatSquash, Swish, context_features=2), id="context"),
         pytest.param(partial(Mlp, (3,), [32, 32], ConcatSquash, Tanh, spectral_norm=True), id="spectral-norm"),
@@ -262,6 +301,9 @@ def test_blend_is_confined_to_unit_time(options):
 def test_low_precision_is_left_to_the_field(make, trace):
     solver = TorchdiffeqSolver("dopri5", 1e-3, 1e-3)
     field = make()
+    for parameter in field.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.03)  # the last layer of a residual field
     features = make.keywords.get("context_features", 0)
     flow = Flow(ContinuousFlow(field, solver, trace), StandardNormal((3,)), features).eval()
     x, context = torch.randn(50, 3), torch.randn(50, features) if features else None
@@ -292,3 +334,11 @@ def test_low_precision_trains(gradient):
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(flow.parameters()))]))
     assert gradients[1].dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_low_precision_leaves_the_singular_vectors_alone():
+    field = Mlp((3,), [8, 8], ConcatSquash, Tanh, spectral_norm=True)
+    flow = ContinuousFlow(field, TorchdiffeqSolver("dopri5", 1e-3, 1e-3), Exact()).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        flow.pull_back(torch.randn(5, 3))
+    assert all(buffer.dtype == torch.float32 for buffer in flow.buffers())

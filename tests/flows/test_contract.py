@@ -74,7 +74,11 @@ CHAINS = {
     ],
 }
 IMAGE_CHAINS = {
-    "image-batch-norm": lambda shape: [MovingBatchNorm(shape), block(Convolution(shape)), MovingBatchNorm(shape)],
+    "image-batch-norm": lambda shape: [
+        MovingBatchNorm(shape),
+        block(Convolution(shape)),
+        MovingBatchNorm(shape),
+    ],
     "image-act-norm": lambda shape: [ActNorm(shape), block(Convolution(shape)), ActNorm(shape)],
     "image-whiten": lambda shape: [Whiten(shape), block(Convolution(shape))],
 }

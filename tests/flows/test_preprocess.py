@@ -86,9 +86,12 @@ def test_a_small_spread_around_a_huge_mean_keeps_its_digits(kind, batches):
     # The mean has the digits of a float64 near 1e9: 1e-7, or 1e-5 deviations.
     torch.testing.assert_close(z.mean(dim=0), z.new_zeros(2), rtol=0, atol=2e-5)
     torch.testing.assert_close(z.T.cov(correction=0).diagonal(), z.new_ones(2), rtol=0, atol=1e-9)
-    expected = -0.5 * torch.linalg.slogdet(
-        centred.T.cov(correction=0) if kind is Whiten else centred.var(dim=0, correction=0).diag()
-    ).logabsdet
+    expected = (
+        -0.5
+        * torch.linalg.slogdet(
+            centred.T.cov(correction=0) if kind is Whiten else centred.var(dim=0, correction=0).diag()
+        ).logabsdet
+    )
     torch.testing.assert_close(layer.pull_back(rows).log_det, expected.expand(1000), rtol=1e-9, atol=0)
     torch.testing.assert_close(layer.push_forward(z).value, rows, rtol=1e-15, atol=0)
 

@@ -128,21 +128,36 @@ def test_errors_of_the_field_keep_their_own_traceback():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "dopri"}, r"Expected solver\.method to be one of .*, got dopri\. Type solver\.method=dopri[58]\."),
+        (
+            {"method": "dopri"},
+            r"Expected solver\.method to be one of .*, got dopri\. Type solver\.method=dopri[58]\.",
+        ),
         ({"method": "bdf"}, r"Expected solver\.method to be one of .*, got bdf\."),
         ({"method": "dopri5", "gradient": "adjiont"}, r"got adjiont\. Type solver\.gradient=adjoint\."),
-        ({"method": "dopri5", "error_norm": "row"}, r"solver\.error_norm to be one of batch, example, got row\."),
+        (
+            {"method": "dopri5", "error_norm": "row"},
+            r"solver\.error_norm to be one of batch, example, got row\.",
+        ),
         ({"method": "dopri5", "atol": 0.0}, r"Expected solver\.atol above 0, got 0\.0\. Type solver\.atol="),
         ({"method": "dopri5", "rtol": -1e-3}, r"Expected solver\.rtol above 0, got -0\.001\."),
         ({"method": "dopri5", "rtol": float("nan")}, r"Expected solver\.rtol above 0, got nan\."),
-        ({"method": "dopri5", "steps": 8}, r"got solver\.steps=8 with solver\.method=dopri5\. Type solver=rk4"),
+        (
+            {"method": "dopri5", "steps": 8},
+            r"got solver\.steps=8 with solver\.method=dopri5\. Type solver=rk4",
+        ),
         ({"method": "scipy_solver", "gradient": "adjoint", "steps": 8}, r"got solver\.steps=8 with"),
         ({"method": "rk4", "steps": 0}, r"Expected solver\.steps of at least 1 .*, got solver\.steps=0"),
         ({"method": "rk4"}, r"Expected a grid for the fixed-grid method rk4, .* Type solver\.steps=8\."),
-        ({"method": "rk4", "steps": 8, "options": {"max_num_steps": 9}}, r"solver\.options .* got max_num_steps\."),
+        (
+            {"method": "rk4", "steps": 8, "options": {"max_num_steps": 9}},
+            r"solver\.options .* got max_num_steps\.",
+        ),
         ({"method": "rk4", "steps": 8, "options": {"step_size": 0.1}}, r"solver\.steps .*step_size"),
         ({"method": "euler", "steps": 8, "options": {"max_order": 4}}, r"solver\.options .* got max_order\."),
-        ({"method": "dopri5", "options": {"max_steps": 9}}, r"got max_steps\. Type solver\.options\.max_step"),
+        (
+            {"method": "dopri5", "options": {"max_steps": 9}},
+            r"got max_steps\. Type solver\.options\.max_step",
+        ),
         (
             {"method": "scipy_solver", "gradient": "adjoint", "options": {"solver": "LSODE"}},
             r"got LSODE\. Type .*LSODA",

@@ -196,8 +196,6 @@ class FlowDataModule(pl.LightningDataModule, ABC):
         for option, value in (("batch_size", batch_size), ("evaluation_batch_size", evaluation_batch_size)):
             if value < 1:
                 raise ConfigError(f"Expected dataset.{option} of at least 1, got {value}. Type dataset.{option}=100.")
-        if seed < 0:
-            raise ConfigError(f"Expected seed of at least 0, got {seed}. Type seed=0.")
         self.name = name
         self.batch_size, self.evaluation_batch_size = batch_size, evaluation_batch_size
         self.steps_per_epoch, self.num_workers, self.seed = steps_per_epoch, num_workers, seed

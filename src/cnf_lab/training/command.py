@@ -19,6 +19,7 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -60,24 +61,29 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str) -> None:
             return math.inf
 
     _quieten()
-    traceback_wanted = os.environ.get(FULL_ERROR) == "1"
+    kept = os.environ.get(FULL_ERROR)
     # Makes Hydra raise instead of printing and exiting, so that the message is ours.
     os.environ[FULL_ERROR] = "1"
     try:
-        sys.argv[1:] = _resumed(_flags_first(sys.argv[1:]))
+        sys.argv[1:] = _resumed(_prepared(sys.argv[1:]))
         hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(guarded)()
-        if failures:
+        if len(failures) == 1:
             raise failures[0]
+        if failures:
+            raise LabError(f"{len(failures)} jobs failed; the first one: {failures[0]}")
     except BrokenPipeError:
         # The reader of our output has left, as `head` does; nothing is left to flush to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if traceback_wanted or not _for_user(error):
+        if kept == "1" or not _for_user(error):
             raise
         print(f"error: {explain(error, sys.argv[1:], config_name)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        os.environ.pop(FULL_ERROR)
+        os.environ.update({} if kept is None else {FULL_ERROR: kept})
 
 
 def _quieten() -> None:
@@ -107,10 +113,17 @@ def explain(error: BaseException, arguments: Sequence[str], config_name: str) ->
     return " ".join(text.split())
 
 
-def _flags_first(arguments: list[str]) -> list[str]:
-    # argparse takes overrides from one side of -m only.
+def _prepared(arguments: list[str]) -> list[str]:
+    """Put -m first, and leave what does not vary in a sweep out of the names of its folders."""
     flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
-    return flags + [argument for argument in arguments if argument not in flags]
+    # argparse takes overrides from one side of -m only.
+    arguments = flags + [argument for argument in arguments if argument not in flags]
+    if flags:
+        overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        fixed = [override.key_or_group for override in parsed if not override.is_sweep_override()]
+        arguments.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]")
+    return arguments
 
 
 def _resumed(arguments: list[str]) -> list[str]:

@@ -1,8 +1,11 @@
 """The run folder: what is written there, and how a flow comes back from it."""
 
 import json
+import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,7 +38,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def environment() -> dict[str, Any]:
     """Return what a number depends on besides data and configuration."""
     return {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
+        "command": f"python -m cnf_lab.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}".strip(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
@@ -102,9 +106,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         checkpoint["hyper_parameters"]["event_shape"]
     except Exception as failure:
+        reason = str(failure).partition(".")[0] or type(failure).__name__
         raise DataError(
-            f"Expected a checkpoint written by cnf_lab, got {file} ({str(failure).partition(".")[0] or type(failure)}). "
-            "Choose another run=..., or train again."
+            f"Expected a checkpoint written by cnf_lab, got {file} ({reason}). Choose another run=..., or train again."
         ) from failure
     return checkpoint
 
@@ -116,7 +120,7 @@ def restore_flow(path: str | Path) -> tuple[Flow, dict[str, Any]]:
         path: A run folder or a checkpoint file.
 
     Returns:
-        The flow in evaluation mode, and the plain values it was rebuilt from.
+        The flow in evaluation mode, its parameters frozen, and the plain values it was rebuilt from.
     """
     checkpoint = load_checkpoint(path)
     rebuild = checkpoint["hyper_parameters"]
@@ -124,7 +128,7 @@ def restore_flow(path: str | Path) -> tuple[Flow, dict[str, Any]]:
     prefix = "flow."
     state = {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
     flow.load_state_dict(state)
-    return flow.eval(), rebuild
+    return flow.eval().requires_grad_(False), rebuild
 
 
 def _finite(value: Any) -> Any:

@@ -26,23 +26,27 @@ class SweepSummary(Callback):
         folder = Path(config.hydra.sweep.dir)
         jobs = sorted((path.parent.parent for path in folder.glob("*/.hydra/overrides.yaml")), key=_job_number)
         if jobs:
-            rows = [_row(job) for job in jobs]
+            overrides = [list(map(str, OmegaConf.load(job / ".hydra" / "overrides.yaml"))) for job in jobs]
+            common = [item for item in overrides[0] if all(item in others for others in overrides)]
+            rows = [
+                _row(job, " ".join(item for item in own if item not in common))
+                for job, own in zip(jobs, overrides, strict=True)
+            ]
             with (folder / "summary.csv").open("w", newline="") as file:
                 writer = csv.DictWriter(file, fieldnames=list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)
-            print(f"\n{len(jobs)} jobs in {folder}\n{_table(rows)}")
+            print(f"\n{len(jobs)} jobs in {folder}, all with {' '.join(common) or 'the defaults'}\n{_table(rows)}")
 
 
 def _job_number(folder: Path) -> int:
     return int(folder.name.split("_")[0])
 
 
-def _row(job: Path) -> dict[str, str]:
-    overrides = OmegaConf.load(job / ".hydra" / "overrides.yaml")
+def _row(job: Path, overrides: str) -> dict[str, str]:
     metrics = json.loads((job / "metrics.json").read_text()) if (job / "metrics.json").is_file() else {}
     failure = job / "FAILED"
-    row = {"job": str(_job_number(job)), "overrides": " ".join(str(item) for item in overrides)}
+    row = {"job": str(_job_number(job)), "overrides": overrides}
     row |= {column: _number(metrics.get(column)) for column in COLUMNS}
     row["status"] = " ".join(failure.read_text().split()) if failure.is_file() else "done" if metrics else "unfinished"
     return row
