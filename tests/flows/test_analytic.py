@@ -17,7 +17,7 @@ SOLVERS = {
     "dopri5": TorchdiffeqSolver("dopri5", 1e-9, 1e-9),
     "dopri5-example": TorchdiffeqSolver("dopri5", 1e-9, 1e-9, error_norm="example"),
     "dopri8": TorchdiffeqSolver("dopri8", 1e-9, 1e-9),
-    "rk4": TorchdiffeqSolver("rk4", steps=100),
+    "rk4": TorchdiffeqSolver("rk4", steps=80),
 }
 
 
@@ -54,7 +54,7 @@ def x():
 
 
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
-@pytest.mark.parametrize("end_time", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("end_time", [0.5, 2.0])
 @pytest.mark.parametrize("trained", [False, True], ids=["fixed-T", "trained-T"])
 def test_linear_field_is_the_matrix_exponential(x, solver, end_time, trained):
     flow = flow_of(linear_layers(Ignore, MATRIX, OFFSET), solver, end_time=end_time, train_end_time=trained)

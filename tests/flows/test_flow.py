@@ -1,6 +1,7 @@
 """The density: shapes it takes, samples, trajectories and conditioning."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -116,8 +117,8 @@ def test_context_may_come_in_another_precision(conditional, x, context):
 @pytest.mark.parametrize("shape", [(6, 4), (6,), (6, 3, 1), (3,)])
 @pytest.mark.parametrize("method", ["pull_back", "push_forward", "log_prob", "trajectory"])
 def test_rows_of_another_shape_are_refused(flow, shape, method):
-    message = rf"Expected rows with shape \(batch, 3\), got \({', '.join(map(str, shape))},?\)\. Reshape the input\."
-    with pytest.raises(ValueError, match=message):
+    message = f"Expected rows with shape (batch, 3), got {shape}. Reshape the input."
+    with pytest.raises(ValueError, match=re.escape(message)):
         getattr(flow, method)(torch.zeros(shape, dtype=torch.float64))
 
 

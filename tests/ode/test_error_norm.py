@@ -10,7 +10,7 @@ TOLERANCE = 1e-6
 
 
 def rotate(t, state):
-    """Turn every row at a speed of its own, its squared radius, with a log-det that follows the first entry."""
+    """Turn every row at a speed of its own, its squared radius; the log-det follows the first entry."""
     x, log_det = state
     turned = torch.stack([-x[:, 1], x[:, 0]], dim=1)
     return turned * x.square().sum(dim=1, keepdim=True), turned[:, 0] * x.square().sum(dim=1)

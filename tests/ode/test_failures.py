@@ -11,8 +11,9 @@ from cnf_lab.ode.torchdiffeq import ADAPTIVE
 
 START = torch.tensor([[5.0, -3.0], [0.1, 20.0]], dtype=torch.float64)
 FAILURE = re.compile(
-    r"The solve with \w+ failed at t = (?P<t>\S+) \(step size (?P<step>[^,]+), (?P<evaluations>\d+) evaluations, "
-    r"atol (?P<atol>\S+), rtol (?P<rtol>\S+)\): (?P<reason>.+?)\. (?P<advice>.+)\.",
+    r"The solve with \w+ failed at t = (?P<t>\S+) \(step size (?P<step>[^,]+), "
+    r"(?P<evaluations>\d+) evaluations, atol (?P<atol>\S+), rtol (?P<rtol>\S+)\): "
+    r"(?P<reason>.+?)\. (?P<advice>.+)\.",
 )
 
 
