@@ -14,7 +14,15 @@ from cnf_lab.data import FlowDataModule
 from cnf_lab.errors import ConfigError
 from cnf_lab.models import FlowModule
 from cnf_lab.training import tracking
-from cnf_lab.training.build import build_data, build_flow, build_module, build_trainer, fit_preprocess, plain
+from cnf_lab.training.build import (
+    build_data,
+    build_flow,
+    build_module,
+    build_solvers,
+    build_trainer,
+    fit_preprocess,
+    plain,
+)
 from cnf_lab.training.command import run_command
 from cnf_lab.training.relaunch import one_job
 from cnf_lab.training.run import environment, load_checkpoint, save_config, write_json
@@ -47,7 +55,8 @@ def train(config: DictConfig) -> float:
         fit_preprocess(flow, data)
     module = build_module(config, flow, data)
     trainer = build_trainer(config)
-    announce(config, data, flow, folder)
+    if trainer.is_global_zero:
+        announce(config, data, flow, folder)
 
     failed = True
     try:
@@ -90,8 +99,11 @@ def numbers(trainer: pl.Trainer) -> dict[str, float]:
     """Return the metrics that the last stage left, the watched one at its best."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for callback in watching(trainer):
-        if callback.monitor in metrics and callback.best_model_score is not None:
-            metrics[callback.monitor] = float(callback.best_model_score)
+        best, last = callback.best_model_score, metrics.get(str(callback.monitor))
+        if best is not None and float(best) != last:
+            metrics[str(callback.monitor)] = float(best)
+            # This error belongs to the last value, which is not the best.
+            metrics.pop(f"{callback.monitor}_standard_error", None)
     return metrics
 
 
@@ -115,11 +127,11 @@ def load_best(module: FlowModule, trainer: pl.Trainer) -> None:
 def report(config: DictConfig, data: FlowDataModule, metrics: dict[str, float], folder: Path) -> None:
     """Write metrics.json and say where the run ended."""
     (folder / "FAILED").unlink(missing_ok=True)
-    solver = {**plain(config.solver), **plain(config.solver.evaluation)}
+    _, solver = build_solvers(config.solver)
     context = {
         "unit": data.unit,
         "data": data.describe(),
-        "solver": {key: solver[key] for key in ("method", "atol", "rtol", "error_norm", "steps", "options")},
+        "solver": solver.describe(),
         "trace": plain(config.model.evaluation_trace),
         "seed": config.seed,
         **environment(),
@@ -127,9 +139,10 @@ def report(config: DictConfig, data: FlowDataModule, metrics: dict[str, float], 
     write_json(folder / "metrics.json", {**metrics, "context": context})
     for stage in ("val", "test"):
         if f"{stage}/nll" in metrics:
-            error = metrics.get(f"{stage}/nll_standard_error", math.nan)
+            error = metrics.get(f"{stage}/nll_standard_error")
+            error_text = "" if error is None else f" ± {error:.4f}"
             truth = "" if data.entropy is None else f"; the true density has {data.entropy:.4f}"
-            log.info("%s/nll %.4f ± %.4f %s%s", stage, metrics[f"{stage}/nll"], error, data.unit, truth)
+            log.info("%s/nll %.4f%s %s%s", stage, metrics[f"{stage}/nll"], error_text, data.unit, truth)
     log.info("run folder %s", folder)
 
 
