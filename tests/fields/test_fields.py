@@ -2,8 +2,10 @@
 
 from functools import partial
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 
 from cnf_lab.errors import ConfigError
 from cnf_lab.fields import (
@@ -53,7 +55,10 @@ DEEP = {
     **{f"{layer.__name__}-three-hidden": partial(Mlp, (3,), [5, 4, 6], layer, Tanh) for layer in LAYERS},
     "minus-x-three-hidden": partial(Mlp, (3,), [5, 4, 6], Concat, Tanh, subtract_identity=True),
     "context-three-hidden": partial(Mlp, (3,), [5, 4, 6], ConcatSquash, Tanh, context_features=2),
-    **{f"EncoderDecoder-{layer.__name__}": partial(EncoderDecoder, (3,), [5, 2, 4], layer, Tanh) for layer in LAYERS},
+    **{
+        f"EncoderDecoder-{layer.__name__}": partial(EncoderDecoder, (3,), [5, 2, 4], layer, Tanh)
+        for layer in LAYERS
+    },
     "EncoderDecoder-context": partial(EncoderDecoder, (3,), [5, 2], Concat, Tanh, context_features=2),
     "EncoderDecoder-spectral-norm": partial(EncoderDecoder, (3,), [5, 2], Concat, Tanh, spectral_norm=True),
     "Residual": partial(Residual, (3,), 6, 2, Swish, 3),
@@ -144,12 +149,28 @@ def test_gradients_of_the_divergence_agree_between_three_ways(field, x, context)
     weights = torch.randn(4, dtype=torch.float64)
 
     def gradients(div):
-        return torch.autograd.grad(div @ weights, list(field.parameters()), materialize_grads=True, allow_unused=True)
+        return torch.autograd.grad(
+            div @ weights, list(field.parameters()), materialize_grads=True, allow_unused=True
+        )
 
     expected = gradients(divergence(field, x, context))
     for estimator in (Exact(), Exact(closed_form=False)):
         _, div = estimator.value_and_divergence(field, T, x, context, None)
         torch.testing.assert_close(gradients(div), expected, rtol=1e-10, atol=1e-10)
+
+
+@given(
+    features=st.integers(1, 5),
+    hidden=st.lists(st.integers(1, 6), min_size=1, max_size=2),
+    layer=st.sampled_from(LAYERS),
+    seed=st.integers(0, 99),
+)
+def test_closed_form_of_any_size(randomise, features, hidden, layer, seed):
+    torch.manual_seed(seed)
+    field = randomise(Mlp((features,), hidden, layer, Softplus))
+    x = torch.randn(3, features, dtype=torch.float64)
+    _, div = field.value_and_divergence(T, x)
+    torch.testing.assert_close(div, divergence(field, x, None), rtol=1e-11, atol=1e-11)
 
 
 @each(SHALLOW)
@@ -202,7 +223,9 @@ def test_subtract_identity_lowers_the_divergence_by_d(randomise):
     shifted.load_state_dict(plain.state_dict())
     x = torch.randn(4, 3, dtype=torch.float64)
     value, div = plain.value_and_divergence(T, x)
-    torch.testing.assert_close(shifted.value_and_divergence(T, x), (value - x, div - 3), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(
+        shifted.value_and_divergence(T, x), (value - x, div - 3), rtol=1e-14, atol=1e-14
+    )
 
 
 def test_context_of_zeros_changes_nothing(randomise):

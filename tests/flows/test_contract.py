@@ -66,8 +66,8 @@ CHAINS = {
     "trained-end-time": lambda shape: [block(mlp(shape), end_time=0.7, train_end_time=True)],
     "residual": lambda shape: [block(Residual(shape, 4, 1, Tanh, 1))],
     "encoder-decoder": lambda shape: [block(EncoderDecoder(shape, [5, 2], ConcatSquash, Tanh))],
-    "batch-norm": lambda shape: blocks(shape, MovingBatchNorm, 1),
-    "act-norm": lambda shape: blocks(shape, ActNorm, 2),
+    "batch-norm": lambda shape: blocks(shape, MovingBatchNorm, 2),
+    "act-norm": lambda shape: blocks(shape, ActNorm, 1),
     "standardise": lambda shape: [Standardise(shape), block(mlp(shape))],
     "whiten": lambda shape: [Whiten(shape), block(mlp(shape))],
     "everything": lambda shape: [
@@ -84,7 +84,9 @@ CASES += [pytest.param((images, (2, 1, 2)), id="images")]
 
 def rows(n, shape):
     size = torch.Size(shape).numel()
-    mixed = torch.randn(n, size, dtype=torch.float64) @ (torch.eye(size) + 0.3 * torch.ones(size, size)).double()
+    mixed = (
+        torch.randn(n, size, dtype=torch.float64) @ (torch.eye(size) + 0.3 * torch.ones(size, size)).double()
+    )
     return (1 + 2 * mixed).reshape(n, *shape)
 
 
@@ -171,7 +173,9 @@ def test_push_forward_is_the_inverse_and_log_dets_cancel(chain, x):
 
 def test_every_parameter_gets_a_gradient(flow, x):
     flow.log_prob(x).mean().backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in flow.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all() for parameter in flow.parameters()
+    )
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 
 import math
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from torch import nn
 
 from cnf_lab.errors import DataError
@@ -30,7 +32,10 @@ CONSTANTS = [0.0, 1.0, 0.1, 1 / 3, -7.3e-5, 12345.678, 1e9 + 0.1]
 @pytest.fixture
 def rows():
     mixing = torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, -1.0], [0.3, 0.0, 0.1]], dtype=torch.float64)
-    return torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64) + torch.randn(500, 3, dtype=torch.float64) @ mixing
+    return (
+        torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64)
+        + torch.randn(500, 3, dtype=torch.float64) @ mixing
+    )
 
 
 def fit(kind, rows, batches=7):
@@ -51,6 +56,24 @@ def test_standardise_gives_every_feature_mean_0_and_variance_1(rows):
     torch.testing.assert_close(z.mean(dim=0), z.new_zeros(3), rtol=0, atol=1e-12)
     torch.testing.assert_close(z.var(dim=0, correction=0), z.new_ones(3), rtol=0, atol=1e-12)
     torch.testing.assert_close(z.T.corrcoef(), rows.T.corrcoef(), rtol=1e-10, atol=1e-10)
+
+
+@given(offset=st.floats(-1e6, 1e6), spread=st.floats(1e-3, 1e3), batches=st.integers(1, 9))
+def test_any_offset_and_spread(offset, spread, batches):
+    rows = offset + spread * torch.linspace(-1, 1, 100, dtype=torch.float64)[:, None].expand(-1, 2).clone()
+    rows[:, 1] = rows[:, 1].roll(25)
+    for kind in FITTED:
+        layer = fit(kind, rows, batches)
+        mapped = layer.pull_back(rows)
+        identity = torch.eye(2, dtype=torch.float64)
+        if kind is Whiten:
+            torch.testing.assert_close(mapped.value.T.cov(correction=0), identity, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            mapped.value.var(dim=0, correction=0), identity.sum(dim=0), rtol=0, atol=1e-6
+        )
+        torch.testing.assert_close(
+            layer.push_forward(mapped.value).value, rows, rtol=1e-12, atol=1e-9 * spread
+        )
 
 
 def test_whiten_gives_the_identity_as_covariance(rows):
@@ -104,7 +127,9 @@ def test_float32_flow_computes_in_float64(kind):
     mapped = layer.pull_back(rows)
     assert mapped.value.dtype == mapped.log_det.dtype == torch.float32
     assert layer.mean.dtype == torch.float64
-    torch.testing.assert_close(mapped.value, fit(kind, rows, 1).pull_back(rows).value.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        mapped.value, fit(kind, rows, 1).pull_back(rows).value.float(), rtol=1e-5, atol=1e-5
+    )
 
 
 @each_fitted
@@ -114,7 +139,9 @@ def test_float32_flow_computes_in_float64(kind):
 def test_a_constant_column_is_named(kind, constant, dtype, batches):
     rows = torch.randn(997, 3, dtype=dtype)
     rows[:, 1] = constant
-    with pytest.raises(DataError, match=r"Expected features that vary .*, got constant features number \[1\]\. Drop"):
+    with pytest.raises(
+        DataError, match=r"Expected features that vary .*, got constant features number \[1\]\. Drop"
+    ):
         kind((3,)).fit(rows.chunk(batches))
 
 
@@ -122,7 +149,9 @@ def test_a_constant_column_is_named(kind, constant, dtype, batches):
 def test_columns_that_determine_one_another_are_refused(offset, scale):
     rows = offset + scale * torch.randn(500, 3, dtype=torch.float64)
     rows[:, 2] = rows[:, 0] - 2 * rows[:, 1]
-    with pytest.raises(DataError, match=r"Expected features that do not determine one another.*preprocess=standardise"):
+    with pytest.raises(
+        DataError, match=r"Expected features that do not determine one another.*preprocess=standardise"
+    ):
         Whiten((3,)).fit([rows])
     Standardise((3,)).fit([rows])
 
@@ -194,7 +223,9 @@ def test_context_scaler_keeps_the_digits_of_a_timestamp():
     scaler = ContextScaler(1)
     scaler.fit([seconds])
     step = scaler(seconds).diff(dim=0)
-    torch.testing.assert_close(step, torch.full_like(step, 1 / math.sqrt((100**2 - 1) / 12)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        step, torch.full_like(step, 1 / math.sqrt((100**2 - 1) / 12)), rtol=1e-4, atol=0
+    )
 
 
 def test_context_scaler_names_a_constant_column(rows):
