@@ -55,10 +55,7 @@ DEEP = {
     **{f"{layer.__name__}-three-hidden": partial(Mlp, (3,), [5, 4, 6], layer, Tanh) for layer in LAYERS},
     "minus-x-three-hidden": partial(Mlp, (3,), [5, 4, 6], Concat, Tanh, subtract_identity=True),
     "context-three-hidden": partial(Mlp, (3,), [5, 4, 6], ConcatSquash, Tanh, context_features=2),
-    **{
-        f"EncoderDecoder-{layer.__name__}": partial(EncoderDecoder, (3,), [5, 2, 4], layer, Tanh)
-        for layer in LAYERS
-    },
+    **{f"EncoderDecoder-{layer.__name__}": partial(EncoderDecoder, (3,), [5, 2, 4], layer, Tanh) for layer in LAYERS},
     "EncoderDecoder-context": partial(EncoderDecoder, (3,), [5, 2], Concat, Tanh, context_features=2),
     "EncoderDecoder-spectral-norm": partial(EncoderDecoder, (3,), [5, 2], Concat, Tanh, spectral_norm=True),
     "Residual": partial(Residual, (3,), 6, 2, Swish, 3),
@@ -149,9 +146,7 @@ def test_gradients_of_the_divergence_agree_between_three_ways(field, x, context)
     weights = torch.randn(4, dtype=torch.float64)
 
     def gradients(div):
-        return torch.autograd.grad(
-            div @ weights, list(field.parameters()), materialize_grads=True, allow_unused=True
-        )
+        return torch.autograd.grad(div @ weights, list(field.parameters()), materialize_grads=True, allow_unused=True)
 
     expected = gradients(divergence(field, x, context))
     for estimator in (Exact(), Exact(closed_form=False)):
@@ -223,9 +218,7 @@ def test_subtract_identity_lowers_the_divergence_by_d(randomise):
     shifted.load_state_dict(plain.state_dict())
     x = torch.randn(4, 3, dtype=torch.float64)
     value, div = plain.value_and_divergence(T, x)
-    torch.testing.assert_close(
-        shifted.value_and_divergence(T, x), (value - x, div - 3), rtol=1e-14, atol=1e-14
-    )
+    torch.testing.assert_close(shifted.value_and_divergence(T, x), (value - x, div - 3), rtol=1e-14, atol=1e-14)
 
 
 def test_context_of_zeros_changes_nothing(randomise):

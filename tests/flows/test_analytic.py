@@ -116,9 +116,7 @@ def test_two_blocks_agree_with_the_original(reference, load_original):
         field = Mlp((3,), [8, 8], ConcatSquash, Softplus)
         load_original(field.stack, case, f"w/chain/{index}/odefunc/diffeq/")
         end_time = float(case[f"w/chain/{index}/sqrt_end_time"].square())
-        blocks.append(
-            ContinuousFlow(field, TorchdiffeqSolver("dopri5", 1e-11, 1e-11), Exact(), end_time=end_time)
-        )
+        blocks.append(ContinuousFlow(field, TorchdiffeqSolver("dopri5", 1e-11, 1e-11), Exact(), end_time=end_time))
     flow = Flow(Chain(blocks), StandardNormal((3,))).double().eval()
     mapped = flow.pull_back(case["x"])
     torch.testing.assert_close(mapped.value, case["z"], rtol=0, atol=1e-8)

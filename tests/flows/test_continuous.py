@@ -142,9 +142,7 @@ def test_field_sees_times_from_0_to_the_end_time(x, trained):
 def test_integrals_along_the_way(trained, end_time):
     # For dx/dt = r x: the integrals of (dx/dt)^2, div and t over [0, T].
     rate = 0.7
-    block = partial(
-        ContinuousFlow, solver=TIGHT, divergence=Exact(), end_time=end_time, train_end_time=trained
-    )
+    block = partial(ContinuousFlow, solver=TIGHT, divergence=Exact(), end_time=end_time, train_end_time=trained)
     chain = Chain([MovingBatchNorm((1,)), block(scaling(rate)), block(scaling(rate))]).double().eval()
     integrands = (
         lambda t, x, dx, div: dx.square().sum(dim=1),
@@ -176,8 +174,7 @@ def test_sampling_does_not_evaluate_the_divergence(field, x, monkeypatch):
 def test_generator_alone_decides_the_estimate(field, x, direction):
     flow = ContinuousFlow(field, TIGHT, Hutchinson(Gaussian()))
     first, again, other = (
-        getattr(flow, direction)(x, generator=torch.Generator().manual_seed(seed)).log_det
-        for seed in (1, 1, 2)
+        getattr(flow, direction)(x, generator=torch.Generator().manual_seed(seed)).log_det for seed in (1, 1, 2)
     )
     assert first.equal(again)
     assert not first.equal(other)
@@ -231,9 +228,7 @@ def test_gradients_reach_data_context_and_amortiser(randomise, x, gradient, trac
         tensor.requires_grad_()
     gradients = torch.autograd.grad(loss(x, context), inputs)
     directions = [torch.randn_like(tensor) for tensor in inputs]
-    expected = sum(
-        (gradient * direction).sum() for gradient, direction in zip(gradients, directions, strict=True)
-    )
+    expected = sum((gradient * direction).sum() for gradient, direction in zip(gradients, directions, strict=True))
     ends = []
     for step in (1e-4, -2e-4):
         with torch.no_grad():
@@ -297,9 +292,7 @@ def test_blend_is_confined_to_unit_time(options):
         ),
         pytest.param(partial(Mlp, (3,), [32, 32, 32], ConcatSquash, Softplus), id="three-hidden"),
         pytest.param(partial(Mlp, (3,), [32, 32], ConcatSquash, Swish, context_features=2), id="context"),
-        pytest.param(
-            partial(Mlp, (3,), [32, 32], ConcatSquash, Tanh, spectral_norm=True), id="spectral-norm"
-        ),
+        pytest.param(partial(Mlp, (3,), [32, 32], ConcatSquash, Tanh, spectral_norm=True), id="spectral-norm"),
         pytest.param(partial(Residual, (3,), 32, 1, Swish), id="residual"),
     ],
 )
@@ -332,9 +325,7 @@ def test_low_precision_is_left_to_the_field(make, trace):
 @pytest.mark.parametrize("gradient", ["direct", "adjoint"])
 def test_low_precision_trains(gradient):
     solver = TorchdiffeqSolver("dopri5", 1e-3, 1e-3, gradient=gradient)
-    flow = Flow(
-        ContinuousFlow(Mlp((3,), [32, 32], ConcatSquash, Tanh), solver, Exact()), StandardNormal((3,))
-    )
+    flow = Flow(ContinuousFlow(Mlp((3,), [32, 32], ConcatSquash, Tanh), solver, Exact()), StandardNormal((3,)))
     x = torch.randn(50, 3)
     gradients = []
     for enabled in (False, True):

@@ -84,9 +84,7 @@ CASES += [pytest.param((images, (2, 1, 2)), id="images")]
 
 def rows(n, shape):
     size = torch.Size(shape).numel()
-    mixed = (
-        torch.randn(n, size, dtype=torch.float64) @ (torch.eye(size) + 0.3 * torch.ones(size, size)).double()
-    )
+    mixed = torch.randn(n, size, dtype=torch.float64) @ (torch.eye(size) + 0.3 * torch.ones(size, size)).double()
     return (1 + 2 * mixed).reshape(n, *shape)
 
 
@@ -173,9 +171,7 @@ def test_push_forward_is_the_inverse_and_log_dets_cancel(chain, x):
 
 def test_every_parameter_gets_a_gradient(flow, x):
     flow.log_prob(x).mean().backward()
-    assert all(
-        parameter.grad is not None and parameter.grad.isfinite().all() for parameter in flow.parameters()
-    )
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in flow.parameters())
 
 
 @torch.no_grad()

@@ -65,16 +65,12 @@ def test_log_density_is_that_of_the_latent_plus_the_log_det(flow, x):
 def test_density_of_a_sample_from_both_ends(flow):
     z = torch.randn(6, 3, dtype=torch.float64)
     mapped = flow.push_forward(z)
-    torch.testing.assert_close(
-        flow.log_prob(mapped.value), flow.base.log_prob(z) - mapped.log_det, rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(flow.log_prob(mapped.value), flow.base.log_prob(z) - mapped.log_det, rtol=0, atol=1e-4)
 
 
 def test_samples_are_reproducible_with_a_generator(flow):
     state = torch.get_rng_state()
-    first, again, other = (
-        flow.sample(5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    )
+    first, again, other = (flow.sample(5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.get_rng_state().equal(state)
     assert first.equal(again)
     assert not first.equal(other)
@@ -219,7 +215,5 @@ def test_density_flow_encodes_a_context():
 
 
 def test_density_flow_without_blocks_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"Expected model\.blocks of at least 1, got 0\. Type model\.blocks=1\."
-    ):
+    with pytest.raises(ConfigError, match=r"Expected model\.blocks of at least 1, got 0\. Type model\.blocks=1\."):
         build(blocks=0)

@@ -61,9 +61,7 @@ def test_batch_norm_statistics_carry_no_gradient():
     mapped = norm.pull_back(x)
     (mapped.value.sum() + mapped.log_det.sum()).backward()
     assert not norm.mean.requires_grad
-    torch.testing.assert_close(
-        x.grad, (norm.variance + norm.epsilon).rsqrt().expand_as(x), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(x.grad, (norm.variance + norm.epsilon).rsqrt().expand_as(x), rtol=1e-12, atol=1e-12)
 
 
 def test_batch_norm_can_learn_twice_before_a_backward_pass():
@@ -151,6 +149,4 @@ def test_far_from_zero_a_small_spread_is_seen(kind):
     x = 1e8 + torch.randn(200, 3, dtype=torch.float64)
     norm = kind((3,)).double().train()
     y = norm.pull_back(x).value
-    torch.testing.assert_close(
-        y.var(dim=0, correction=0), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-3
-    )
+    torch.testing.assert_close(y.var(dim=0, correction=0), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-3)

@@ -32,10 +32,7 @@ CONSTANTS = [0.0, 1.0, 0.1, 1 / 3, -7.3e-5, 12345.678, 1e9 + 0.1]
 @pytest.fixture
 def rows():
     mixing = torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, -1.0], [0.3, 0.0, 0.1]], dtype=torch.float64)
-    return (
-        torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64)
-        + torch.randn(500, 3, dtype=torch.float64) @ mixing
-    )
+    return torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64) + torch.randn(500, 3, dtype=torch.float64) @ mixing
 
 
 def fit(kind, rows, batches=7):
@@ -68,12 +65,8 @@ def test_any_offset_and_spread(offset, spread, batches):
         identity = torch.eye(2, dtype=torch.float64)
         if kind is Whiten:
             torch.testing.assert_close(mapped.value.T.cov(correction=0), identity, rtol=0, atol=1e-6)
-        torch.testing.assert_close(
-            mapped.value.var(dim=0, correction=0), identity.sum(dim=0), rtol=0, atol=1e-6
-        )
-        torch.testing.assert_close(
-            layer.push_forward(mapped.value).value, rows, rtol=1e-12, atol=1e-9 * spread
-        )
+        torch.testing.assert_close(mapped.value.var(dim=0, correction=0), identity.sum(dim=0), rtol=0, atol=1e-6)
+        torch.testing.assert_close(layer.push_forward(mapped.value).value, rows, rtol=1e-12, atol=1e-9 * spread)
 
 
 def test_whiten_gives_the_identity_as_covariance(rows):
@@ -127,9 +120,7 @@ def test_float32_flow_computes_in_float64(kind):
     mapped = layer.pull_back(rows)
     assert mapped.value.dtype == mapped.log_det.dtype == torch.float32
     assert layer.mean.dtype == torch.float64
-    torch.testing.assert_close(
-        mapped.value, fit(kind, rows, 1).pull_back(rows).value.float(), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(mapped.value, fit(kind, rows, 1).pull_back(rows).value.float(), rtol=1e-5, atol=1e-5)
 
 
 @each_fitted
@@ -139,9 +130,7 @@ def test_float32_flow_computes_in_float64(kind):
 def test_a_constant_column_is_named(kind, constant, dtype, batches):
     rows = torch.randn(997, 3, dtype=dtype)
     rows[:, 1] = constant
-    with pytest.raises(
-        DataError, match=r"Expected features that vary .*, got constant features number \[1\]\. Drop"
-    ):
+    with pytest.raises(DataError, match=r"Expected features that vary .*, got constant features number \[1\]\. Drop"):
         kind((3,)).fit(rows.chunk(batches))
 
 
@@ -149,9 +138,7 @@ def test_a_constant_column_is_named(kind, constant, dtype, batches):
 def test_columns_that_determine_one_another_are_refused(offset, scale):
     rows = offset + scale * torch.randn(500, 3, dtype=torch.float64)
     rows[:, 2] = rows[:, 0] - 2 * rows[:, 1]
-    with pytest.raises(
-        DataError, match=r"Expected features that do not determine one another.*preprocess=standardise"
-    ):
+    with pytest.raises(DataError, match=r"Expected features that do not determine one another.*preprocess=standardise"):
         Whiten((3,)).fit([rows])
     Standardise((3,)).fit([rows])
 
@@ -223,9 +210,7 @@ def test_context_scaler_keeps_the_digits_of_a_timestamp():
     scaler = ContextScaler(1)
     scaler.fit([seconds])
     step = scaler(seconds).diff(dim=0)
-    torch.testing.assert_close(
-        step, torch.full_like(step, 1 / math.sqrt((100**2 - 1) / 12)), rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close(step, torch.full_like(step, 1 / math.sqrt((100**2 - 1) / 12)), rtol=1e-4, atol=0)
 
 
 def test_context_scaler_names_a_constant_column(rows):

@@ -74,9 +74,7 @@ def test_adjoint_gradient_is_the_direct_one(system, x, expected, method, error_n
     "solver",
     [
         pytest.param(TorchdiffeqSolver("rk4", steps=64, gradient="adjoint"), id="rk4"),
-        pytest.param(
-            TorchdiffeqSolver("rk4", gradient="adjoint", options={"step_size": 0.02}), id="rk4-step-size"
-        ),
+        pytest.param(TorchdiffeqSolver("rk4", gradient="adjoint", options={"step_size": 0.02}), id="rk4-step-size"),
         pytest.param(TorchdiffeqSolver("implicit_adams", steps=64, gradient="adjoint"), id="implicit_adams"),
         pytest.param(TorchdiffeqSolver("scipy_solver", 1e-9, 1e-9, gradient="adjoint"), id="scipy"),
     ],
@@ -98,9 +96,7 @@ def test_seminorm_saves_evaluations(system, x):
 def test_adjoint_tolerances_are_those_of_the_backward_solve(system, x):
     costs = []
     for bound in (None, 1e-3):
-        solver = TorchdiffeqSolver(
-            "dopri5", 1e-9, 1e-9, gradient="adjoint", adjoint_atol=bound, adjoint_rtol=bound
-        )
+        solver = TorchdiffeqSolver("dopri5", 1e-9, 1e-9, gradient="adjoint", adjoint_atol=bound, adjoint_rtol=bound)
         costs.append(system.gradients(solver, x)[1])
     tight, loose = costs
     assert loose.nfe_forward == tight.nfe_forward
@@ -137,9 +133,7 @@ def test_choice_of_the_steps_carries_no_gradient(system, x, error_norm):
     assert stats.rejected_steps == 0
     # The last stage of every step stands one rounding before its end.
     ends = torch.tensor([round(t, 14) for t in times[7::6]], dtype=torch.float64)
-    replay = TorchdiffeqSolver(
-        "dopri5", 1e6, 1e6, options={"first_step": 1.0, "ifactor": 1e6, "step_t": ends}
-    )
+    replay = TorchdiffeqSolver("dopri5", 1e6, 1e6, options={"first_step": 1.0, "ifactor": 1e6, "step_t": ends})
     gradients, replayed = system.gradients(replay, x)
     assert replayed.accepted_steps == stats.accepted_steps
     assert_same(gradients, system.gradients(solver, x)[0], 1e-12)

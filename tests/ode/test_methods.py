@@ -53,9 +53,7 @@ def test_methods_are_those_of_torchdiffeq():
 
 @pytest.mark.parametrize("method", ADAPTIVE)
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-6, 1e-8])
-@pytest.mark.parametrize(
-    ("t0", "t1"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.3)], ids=["forward", "backward", "short"]
-)
+@pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.3)], ids=["forward", "backward", "short"])
 def test_adaptive_methods_meet_the_tolerance(method, tolerance, t0, t1):
     if method in ("fehlberg2", "adaptive_heun") and tolerance < 1e-6:
         tolerance = 1e-5  # second order: thousands of steps otherwise

@@ -65,9 +65,7 @@ def test_chunk_bounds_the_tangents_of_a_pass(randomise, monkeypatch, chunk, pass
         return products(t, x, tangents, context)
 
     monkeypatch.setattr(field, "value_and_jvp", watched)
-    Exact(chunk=chunk, closed_form=False).value_and_divergence(
-        field, T, torch.randn(3, 5).double(), None, None
-    )
+    Exact(chunk=chunk, closed_form=False).value_and_divergence(field, T, torch.randn(3, 5).double(), None, None)
     assert seen == passes
 
 

@@ -11,9 +11,7 @@ from cnf_lab.trace import Bottleneck, Exact, Gaussian, Hutchinson, Rademacher
 
 T = torch.tensor(0.4, dtype=torch.float64)
 DRAWS = 20_000
-each_distribution = pytest.mark.parametrize(
-    "distribution", [Rademacher(), Gaussian()], ids=["rademacher", "gaussian"]
-)
+each_distribution = pytest.mark.parametrize("distribution", [Rademacher(), Gaussian()], ids=["rademacher", "gaussian"])
 
 
 class Elementwise(VectorField):
@@ -233,7 +231,5 @@ def test_bottleneck_refuses_a_field_without_one(field):
 
 @pytest.mark.parametrize("kind", [Hutchinson, Bottleneck])
 def test_no_probes_are_refused(kind):
-    with pytest.raises(
-        ConfigError, match=r"Expected trace\.probes of at least 1, got 0\. Type trace\.probes=1\."
-    ):
+    with pytest.raises(ConfigError, match=r"Expected trace\.probes of at least 1, got 0\. Type trace\.probes=1\."):
         kind(Rademacher(), probes=0)

@@ -101,7 +101,8 @@ def value_and_jvp(function: Callable[[Tensor], Tensor], x: Tensor, tangents: Ten
     Returns:
         The value (batch, \*out) and the products (k, batch, \*out).
     """
-    tangents = tangents.expand(len(tangents), *x.shape)
+    # jvp refuses rows that share memory.
+    x, tangents = x.contiguous(), tangents.expand(len(tangents), *x.shape)
 
     def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.jvp(function, (x,), (tangent,))  # type: ignore[return-value]

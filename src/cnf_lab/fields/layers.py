@@ -35,7 +35,7 @@ class AffineMap(NamedTuple):
             return F.linear(x, self.weight, self.shift)
         return self.linear(x) + self.shift
 
-    def linear(self, v: Float[Tensor, "*more batch in"]) -> Float[Tensor, "*more batch out"]:
+    def linear(self, v: Float[Tensor, "*more rows in"]) -> Float[Tensor, "*more rows_out out"]:
         """Apply the linear part, to tangents as well."""
         per_row = self.weight.dim() == 3
         y = torch.einsum("boi,...bi->...bo", self.weight, v) if per_row else F.linear(v, self.weight)

@@ -147,6 +147,8 @@ class Mlp(VectorField):
 
     def value_and_divergence(self, t: Time, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return dx/dt and its exact divergence; t is a scalar."""
+        if not self.has_closed_form:
+            return super().value_and_divergence(t, x, context)
         *hidden, last = self.stack.maps(t, context)
         slopes, h = [], x
         for affine, activation in zip(hidden, self.stack.activations, strict=True):

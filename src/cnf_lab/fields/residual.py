@@ -12,7 +12,7 @@ from cnf_lab.shapes import Float
 
 
 class FourierTime(nn.Module):
-    r"""Time features :math:`[\cos(\pi k t / T), \sin(\pi k t / T)]`, k = 1..K.
+    r"""Time features :math:`[\cos(\pi k t), \sin(\pi k t)]`, k = 1..K.
 
     Args:
         frequencies: Number K of frequencies.

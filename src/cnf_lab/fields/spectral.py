@@ -35,16 +35,18 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight divided by the estimate of its largest singular value."""
-        sigma = torch.dot(self.u, weight.flatten(1) @ self.v)
-        return weight / sigma
+        with torch.autocast(weight.device.type, enabled=False):
+            sigma = torch.dot(self.u, weight.flatten(1) @ self.v)
+        return weight / torch.where(sigma == 0, 1.0, sigma)
 
     @torch.no_grad()
     def iterate(self, weight: Tensor, iterations: int) -> None:
         """Improve u and v for the current weight."""
         matrix = weight.detach().flatten(1)
-        for _ in range(iterations):
-            self.v = F.normalize(matrix.mT @ self.u, dim=0)
-            self.u = F.normalize(matrix @ self.v, dim=0)
+        with torch.autocast(weight.device.type, enabled=False):
+            for _ in range(iterations):
+                self.v = F.normalize(matrix.mT @ self.u, dim=0)
+                self.u = F.normalize(matrix @ self.v, dim=0)
 
     @staticmethod
     def apply_to(module: nn.Module) -> None:

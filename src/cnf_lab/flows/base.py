@@ -141,7 +141,7 @@ def _then(first: Mapped, second: Mapped) -> Mapped:
     pairs = zip(first.integrals, second.integrals, strict=True) if second.integrals else ()
     return Mapped(
         second.value,
-        first.log_det + second.log_det,
+        first.log_det.to(second.log_det) + second.log_det,
         tuple(a + b for a, b in pairs) or first.integrals,
         first.solves + second.solves,
     )
@@ -183,7 +183,7 @@ class Flow(nn.Module):
     def pull_back(
         self,
         x: Float[Tensor, "batch *event"],
-        context: Float[Tensor, "batch features"] | None = None,
+        context: Float[Tensor, "rows features"] | None = None,
         generator: torch.Generator | None = None,
         integrands: Sequence[Integrand] = (),
     ) -> Mapped:
@@ -198,7 +198,7 @@ class Flow(nn.Module):
     def push_forward(
         self,
         z: Float[Tensor, "batch *event"],
-        context: Float[Tensor, "batch features"] | None = None,
+        context: Float[Tensor, "rows features"] | None = None,
         generator: torch.Generator | None = None,
         with_log_det: bool = True,
     ) -> Mapped:
@@ -213,7 +213,7 @@ class Flow(nn.Module):
     def log_prob(
         self,
         x: Float[Tensor, "batch *event"],
-        context: Float[Tensor, "batch features"] | None = None,
+        context: Float[Tensor, "rows features"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, " batch"]:
         """Return the log-density of each row in nats."""

@@ -100,7 +100,7 @@ class ContinuousFlow(Transform):
 
     def trajectory(self, z: Tensor, context: Tensor | None = None, points: int = 2) -> list[Tensor]:
         """Return the states at ``points`` equally spaced times from T to 0."""
-        times = torch.linspace(self._end, 0.0, points + 1).tolist()
+        times = torch.linspace(self._end, 0.0, points + 1, dtype=torch.float64).tolist()
         states = [z]
         for t0, t1 in zip(times[:-1], times[1:], strict=True):
             states.append(self._solve(states[-1], t0, t1, context, None, (), False).value)
@@ -147,7 +147,10 @@ class ContinuousFlow(Transform):
 
         zeros = tuple(x.new_zeros(len(x)) for _ in range(1 + len(integrands)))
         start = (x, *zeros) if with_log_det else (x,)
-        parameters: list[Tensor] = [p for p in self.parameters() if p.requires_grad]
+        # Without the amortiser's: its gradients come through the context.
+        parameters: list[Tensor] = [p for p in self.field.parameters() if p.requires_grad]
+        if self.log_end_time is not None:
+            parameters.append(self.log_end_time)
         if context is not None and context.requires_grad:
             parameters.append(context)
         end, stats = solver.solve(rhs, start, t0, t1, parameters)

@@ -146,9 +146,13 @@ class ActNorm(FeatureAffine):
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and population variance (features,) of a batch, over all processes."""
     rows = x.transpose(0, 1).flatten(1).double()  # (features, batch * pixels)
-    sums = torch.stack([rows.sum(1), rows.square().sum(1), torch.full_like(rows[:, 0], rows.shape[1])])
+    mean = _global_mean(rows)
+    variance = _global_mean((rows - mean[:, None]).square())
+    return mean.to(x.dtype), variance.to(x.dtype)
+
+
+def _global_mean(rows: Tensor) -> Tensor:
+    sums = torch.stack([rows.sum(1), torch.full_like(rows[:, 0], rows.shape[1])])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
-    mean = sums[0] / sums[2]
-    variance = (sums[1] / sums[2] - mean.square()).clamp(min=0)
-    return mean.to(x.dtype), variance.to(x.dtype)
+    return sums[0] / sums[1]

@@ -90,7 +90,7 @@ class LinearPreprocess(Preprocess):
             DataError: If a feature is constant, or one is a combination of others.
         """
         self.mean, covariance = moments(batches)
-        _check_variances(covariance.diagonal())
+        _check_variances(covariance.diagonal(), "features", "type preprocess=none")
         self.matrix, self.inverse = self.whitener(covariance)
         self.log_abs_det = torch.linalg.slogdet(self.matrix).logabsdet
 
@@ -130,18 +130,23 @@ class Standardise(LinearPreprocess):
 
 
 class Whiten(LinearPreprocess):
-    r"""Mean 0 and identity covariance, by the symmetric root :math:`A = \Sigma^{-1/2}`."""
+    r"""Mean 0 and identity covariance: :math:`A = R^{-1/2} S^{-1}`, S the deviations, R the correlations.
+
+    Standardising first keeps features of very different spreads apart from round-off.
+    """
 
     def whitener(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """Return the inverse root and the root of the covariance."""
-        values, vectors = torch.linalg.eigh(covariance)
+        deviation = covariance.diagonal().sqrt()
+        values, vectors = torch.linalg.eigh(covariance / torch.outer(deviation, deviation))
         # Below this a direction is round-off: features that determine one another.
         if values[0] <= values[-1] * torch.finfo(torch.float64).eps * len(values):
             raise DataError(
                 "Expected features that do not determine one another, got a singular covariance matrix. "
                 "Drop the redundant columns, or type preprocess=standardise."
             )
-        return vectors * values.rsqrt() @ vectors.mT, vectors * values.sqrt() @ vectors.mT
+        root, inverse = vectors * values.sqrt() @ vectors.mT, vectors * values.rsqrt() @ vectors.mT
+        return inverse / deviation, root * deviation[:, None]
 
 
 class ContextScaler(nn.Module):
@@ -163,7 +168,7 @@ class ContextScaler(nn.Module):
     def fit(self, batches: Iterable[Tensor]) -> None:
         """Set mean and deviation from the training rows' contexts."""
         self.mean, covariance = moments(batches)
-        _check_variances(covariance.diagonal())
+        _check_variances(covariance.diagonal(), "context columns", "leave them out of dataset.context")
         self.deviation = covariance.diagonal().sqrt()
 
     def forward(self, context: Tensor) -> Tensor:
@@ -189,10 +194,10 @@ def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return shift + mean, outer / count - torch.outer(mean, mean)
 
 
-def _check_variances(variances: Tensor) -> None:
+def _check_variances(variances: Tensor, what: str, advice: str) -> None:
     constant = (variances <= 0).nonzero().flatten().tolist()
     if constant:
         raise DataError(
-            f"Expected features that vary over the training rows, got constant features number {constant}. "
-            "Drop them, or type preprocess=none."
+            f"Expected {what} that vary over the training rows, got constant {what} number {constant}. "
+            f"Drop them, or {advice}."
         )

@@ -6,6 +6,7 @@ References:
 """
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -26,7 +27,9 @@ from cnf_lab.ode.base import (
 
 T = TypeVar("T")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-FIXED_GRID = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+RUNGE_KUTTA = ("euler", "midpoint", "heun2", "heun3", "rk4")
+ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
+FIXED_GRID = RUNGE_KUTTA + ADAMS
 SCIPY = ("scipy_solver",)
 METHODS = ADAPTIVE + FIXED_GRID + SCIPY
 GRADIENTS = ("direct", "adjoint")
@@ -34,7 +37,8 @@ OPTIONS = {
     ADAPTIVE: (
         "min_step", "max_step", "first_step", "step_t", "jump_t", "safety", "ifactor", "dfactor", "max_num_steps",
     ),
-    FIXED_GRID: ("step_size", "perturb", "interp", "max_order", "max_iters"),
+    RUNGE_KUTTA: ("step_size", "perturb", "interp"),
+    ADAMS: ("step_size", "perturb", "interp", "max_order", "max_iters"),
     SCIPY: ("solver", "min_step", "max_step"),
 }  # fmt: skip
 ERROR_NORMS = {"batch": batch_error_norm, "example": example_error_norm}
@@ -75,6 +79,7 @@ class TorchdiffeqSolver(OdeSolver):
         adjoint_rtol: float | None = None,
         adjoint_seminorm: bool = True,
     ) -> None:
+        options = {name: value for name, value in (options or {}).items() if value is not None}
         _check_choice("solver.method", method, METHODS)
         _check_choice("solver.gradient", gradient, GRADIENTS)
         _check_choice("solver.error_norm", error_norm, tuple(ERROR_NORMS))
@@ -86,9 +91,18 @@ class TorchdiffeqSolver(OdeSolver):
                 f"Expected solver.steps of at least 1 and only with a fixed-grid method ({', '.join(FIXED_GRID)}), "
                 f"got solver.steps={steps} with solver.method={method}. Type solver=rk4 solver.steps=8."
             )
-        for option in options or {}:
+        if steps is not None and "step_size" in options:
+            raise ConfigError(
+                f"Expected either solver.steps or solver.options.step_size, got both: {steps} and "
+                f"{options['step_size']}. Type solver.steps={steps} alone."
+            )
+        for option in options:
             _check_choice("solver.options", option, _of_family(OPTIONS, method))
-        if method in FIXED_GRID and steps is None and (options or {}).get("step_size") is None:
+        if "solver" in options:
+            _check_choice(
+                "solver.options.solver", options["solver"], ("LSODA", "RK45", "RK23", "DOP853", "Radau", "BDF")
+            )
+        if method in FIXED_GRID and steps is None and "step_size" not in options:
             raise ConfigError(
                 f"Expected a grid for the fixed-grid method {method}, got neither solver.steps nor "
                 "solver.options.step_size. Type solver.steps=8."
@@ -99,11 +113,7 @@ class TorchdiffeqSolver(OdeSolver):
                 "got solver.gradient=direct. Type solver.gradient=adjoint."
             )
         self.method, self.atol, self.rtol, self.steps = method, atol, rtol, steps
-        self.error_norm, self.gradient, self.options = (
-            error_norm,
-            gradient,
-            {name: value for name, value in (options or {}).items() if value is not None},
-        )
+        self.error_norm, self.gradient, self.options = error_norm, gradient, options
         self.adjoint_atol, self.adjoint_rtol = adjoint_atol, adjoint_rtol
         self.adjoint_seminorm = adjoint_seminorm
 
@@ -123,19 +133,24 @@ class TorchdiffeqSolver(OdeSolver):
         parameters: Sequence[Tensor] = (),
     ) -> tuple[State, SolveStats]:
         """Integrate from t0 to t1; see :meth:`OdeSolver.solve`."""
-        if t0 == t1:
+        if t0 == t1 or not state[0].numel():
             return state, SolveStats()
-        observed = _of_family(OBSERVED, self.method)(rhs)
+        observed = _of_family(OBSERVED, self.method)(rhs, (t0, t1))
         if not all(bool(part.isfinite().all()) for part in state):
             raise SolverError(self._failure(observed, t0, "the state at the start is not finite"))
         # The times are data of the solve, never differentiated: an end time that is trained
         # enters through the right-hand side.
         times = torch.tensor([t0, t1], dtype=torch.float64, device=state[0].device)
         try:
-            with _no_autocast(state[0].device.type):
+            with _no_autocast(state[0].device.type), _judged_warnings(self.method):
                 solution = self._integrate(observed, state, times, parameters)
-        except AssertionError as failure:
+        except (AssertionError, UserWarning, _Stuck) as failure:
             raise SolverError(self._failure(observed, t0, str(failure))) from failure
+        except RuntimeError as failure:
+            if self.method not in SCIPY or "invalid for input of size" not in str(failure):
+                raise
+            # scipy stopped early, and torchdiffeq stumbles over the missing end.
+            raise SolverError(self._failure(observed, t0, "the step size underflowed")) from failure
         end = tuple(part[-1] for part in solution)
         if len(solution[0]) != 2 or not all(bool(part.isfinite().all()) for part in end):
             raise SolverError(self._failure(observed, t1, "the state at the end is not finite"))
@@ -147,6 +162,14 @@ class TorchdiffeqSolver(OdeSolver):
     ) -> tuple[Tensor, ...]:
         options: dict[str, Any] = dict(self.options)
         options["norm"] = ERROR_NORMS[self.error_norm]
+        for name in ("step_t", "jump_t"):
+            if name in options:
+                options[name] = torch.as_tensor(options[name], dtype=times.dtype, device=times.device)
+        if self.method == "explicit_adams":
+            options.setdefault("max_order", 5)  # torchdiffeq's 12 is unstable for steps of ordinary size
+        if self.method in ADAPTIVE:
+            # A last step beyond the end would be interpolated back, with an error far above the tolerance.
+            options["step_t"] = torch.cat([times, options.get("step_t", times[:0])]).unique()
         if self.steps is not None:
             options["grid_constructor"] = _equal_steps(self.steps)
         settings: dict[str, Any] = {
@@ -182,11 +205,16 @@ class TorchdiffeqSolver(OdeSolver):
         )
 
 
+class _Stuck(Exception):
+    """A scipy solver that makes no progress, which it would not notice itself."""
+
+
 class _Observed:
     """A right-hand side that counts its evaluations, before and after the end of the solve."""
 
-    def __init__(self, rhs: RightHandSide) -> None:
+    def __init__(self, rhs: RightHandSide, ends: tuple[float, float]) -> None:
         self.rhs = rhs
+        self.first, self.last = sorted(ends)
         self.stats = SolveStats()
         self.finished = False
         self.last_step: tuple[Tensor, Tensor] | None = None
@@ -196,7 +224,25 @@ class _Observed:
             self.stats.nfe_backward += 1
         else:
             self.stats.nfe_forward += 1
-        return self.rhs(t, state)
+        # The choice of the first step may look beyond the end.
+        return self.rhs(t.clamp(self.first, self.last), state)
+
+
+class _ObservedScipy(_Observed):
+    """Ends a solve that LSODA would go on with for ever."""
+
+    previous, repeats = float("nan"), 0
+
+    def __call__(self, t: Tensor, state: State) -> State:
+        now = float(t.detach())
+        self.repeats = self.repeats + 1 if now == self.previous else 0
+        self.previous = now
+        if self.repeats > 1000 + 10 * sum(part.numel() for part in state):
+            raise _Stuck("the solve stands still")
+        derivative = super().__call__(t, state)
+        if not all(bool(part.isfinite().all()) for part in derivative):
+            raise _Stuck("the derivative is not finite")
+        return derivative
 
 
 # torchdiffeq looks callbacks up by name, and warns of one that the method does not call.
@@ -217,7 +263,7 @@ class _ObservedAdaptiveSteps(_ObservedSteps):
         self.stats.rejected_steps += 1
 
 
-OBSERVED = {ADAPTIVE: _ObservedAdaptiveSteps, FIXED_GRID: _ObservedSteps, SCIPY: _Observed}
+OBSERVED = {ADAPTIVE: _ObservedAdaptiveSteps, FIXED_GRID: _ObservedSteps, SCIPY: _ObservedScipy}
 
 
 @contextmanager
@@ -241,6 +287,18 @@ def _equal_steps(steps: int) -> Callable[..., Tensor]:
         return torch.linspace(float(t[0]), float(t[-1]), steps + 1, dtype=t.dtype, device=t.device)
 
     return grid
+
+
+@contextmanager
+def _judged_warnings(method: str) -> Iterator[None]:
+    """Make an error of an implicit step that does not converge, and nothing of options without effect."""
+    if method in ADAPTIVE + RUNGE_KUTTA:
+        yield  # nothing warns, and the filters are global state
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Functional iteration did not converge")
+        warnings.filterwarnings("ignore", message="The following arguments have no effect")
+        yield
 
 
 def _no_autocast(device_type: str) -> torch.autocast:
