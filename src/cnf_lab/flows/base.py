@@ -187,7 +187,13 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
         integrands: Sequence[Integrand] = (),
     ) -> Mapped:
-        """Map data to latent.
+        r"""Map data to latent.
+
+        Args:
+            x: Data (batch, \*event).
+            context: Conditioning (batch, features), for a conditional density.
+            generator: Source of the probes of stochastic trace estimators.
+            integrands: Quantities to integrate along the way.
 
         Raises:
             ValueError: If shapes of data or context do not fit the flow.
@@ -202,7 +208,13 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
         with_log_det: bool = True,
     ) -> Mapped:
-        """Map latent to data.
+        r"""Map latent to data.
+
+        Args:
+            z: Latent (batch, \*event).
+            context: Conditioning (batch, features), for a conditional density.
+            generator: Source of the probes of stochastic trace estimators.
+            with_log_det: Whether log_det is wanted; without, samples cost less and it is zero.
 
         Raises:
             ValueError: If shapes of latent or context do not fit the flow.

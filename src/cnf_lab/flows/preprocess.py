@@ -84,7 +84,10 @@ class LinearPreprocess(Preprocess):
         """Return A and its inverse for a covariance matrix."""
 
     def fit(self, batches: Iterable[Tensor]) -> None:
-        """Set mean, A, its inverse and log|det A| from the training rows.
+        r"""Set mean, A, its inverse and log|det A| from the training rows.
+
+        Args:
+            batches: Training rows, each batch (rows, \*event).
 
         Raises:
             DataError: If a feature is constant, or one is a combination of others.

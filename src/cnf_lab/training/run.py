@@ -64,6 +64,9 @@ def run_folder(path: Path) -> Path:
 def choose_device(name: str) -> torch.device:
     """Return the device of an option ``device``.
 
+    Args:
+        name: auto, cpu or cuda.
+
     Raises:
         ConfigError: If it is not one of auto, cpu, cuda, or there is no GPU.
     """
@@ -78,6 +81,9 @@ def choose_device(name: str) -> torch.device:
 
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint that a run folder or a file stands for: the best, else the last.
+
+    Args:
+        path: A run folder or a checkpoint file.
 
     Raises:
         ConfigError: If there is none.
@@ -97,6 +103,9 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of the lab: tensors and plain values only.
+
+    Args:
+        path: A run folder or a checkpoint file.
 
     Raises:
         DataError: If the file is damaged or not one of the lab's.
