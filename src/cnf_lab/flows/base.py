@@ -91,6 +91,38 @@ class Transform(nn.Module, ABC):
         return [self.push_forward(z, context, with_log_det=False).value]
 
 
+class UnconditionalTransform(Transform):
+    """A map in closed form that needs no context: a subclass says how it maps, and its log-det."""
+
+    @abstractmethod
+    def to_latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mapped rows and log|det| of this map (batch,)."""
+
+    @abstractmethod
+    def to_data(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows mapped back and log|det| of the inverse map (batch,)."""
+
+    def pull_back(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        integrands: Sequence[Integrand] = (),
+    ) -> Mapped:
+        """Map data to latent."""
+        return Mapped(*self.to_latent(x))
+
+    def push_forward(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        with_log_det: bool = True,
+    ) -> Mapped:
+        """Map latent to data."""
+        return Mapped(*self.to_data(z))
+
+
 class Chain(Transform):
     """Transforms one after the other, the first one next to the data.
 

@@ -5,15 +5,15 @@ References:
     Kingma and Dhariwal, Glow (2018), https://arxiv.org/abs/1807.03039.
 """
 
-from collections.abc import Sequence
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
 
-from cnf_lab.flows.base import Integrand, Mapped, Transform
+from cnf_lab.flows.base import UnconditionalTransform
 
 
-class FeatureAffine(Transform):
+class FeatureAffine(UnconditionalTransform):
     """y = (x - shift) exp(log_scale) by feature, for rows, or by channel, for images.
 
     A subclass says what shift and log_scale are.
@@ -28,39 +28,25 @@ class FeatureAffine(Transform):
         self.initialised: Tensor
         self.register_buffer("initialised", torch.tensor(False))
 
+    @abstractmethod
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """Return shift and log_scale, each (features,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def observe(self, x: Tensor) -> None:
         """Learn from the rows of a training batch."""
-        raise NotImplementedError
 
-    def pull_back(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        integrands: Sequence[Integrand] = (),
-    ) -> Mapped:
+    def to_latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise; in training mode learn from the batch."""
         if self.training:
             self.observe(x)
         shift, log_scale = self.coefficients()
-        value = (x - self._spread(shift)) * self._spread(log_scale).exp()
-        return Mapped(value, self._log_det(x, log_scale))
+        return (x - self._spread(shift)) * self._spread(log_scale).exp(), self._log_det(x, log_scale)
 
-    def push_forward(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        with_log_det: bool = True,
-    ) -> Mapped:
+    def to_data(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Undo the normalisation."""
         shift, log_scale = self.coefficients()
-        value = z * self._spread(-log_scale).exp() + self._spread(shift)
-        return Mapped(value, -self._log_det(z, log_scale))
+        return z * self._spread(-log_scale).exp() + self._spread(shift), -self._log_det(z, log_scale)
 
     def _spread(self, coefficient: Tensor) -> Tensor:
         return coefficient.reshape(-1, *(1,) * self.trailing)

@@ -5,16 +5,16 @@ as the data set gives them. They are saved with the weights.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from cnf_lab.errors import DataError
-from cnf_lab.flows.base import Integrand, Mapped, Transform
+from cnf_lab.flows.base import UnconditionalTransform
 
 
-class Preprocess(Transform):
+class Preprocess(UnconditionalTransform):
     """A fixed affine layer that is fitted once, before training.
 
     Args:
@@ -39,25 +39,13 @@ class NoPreprocess(Preprocess):
     def fit(self, batches: Iterable[Tensor]) -> None:
         """Do nothing."""
 
-    def pull_back(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        integrands: Sequence[Integrand] = (),
-    ) -> Mapped:
+    def to_latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return x in the flow's dtype."""
-        return Mapped(x.to(self._anchor), self._anchor.expand(len(x)))
+        return x.to(self._anchor), self._anchor.expand(len(x))
 
-    def push_forward(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        with_log_det: bool = True,
-    ) -> Mapped:
+    def to_data(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return z."""
-        return Mapped(z, z.new_zeros(len(z)))
+        return z, self._anchor.expand(len(z))
 
 
 class LinearPreprocess(Preprocess):
@@ -97,27 +85,15 @@ class LinearPreprocess(Preprocess):
         self.matrix, self.inverse = self.whitener(covariance)
         self.log_abs_det = torch.linalg.slogdet(self.matrix).logabsdet
 
-    def pull_back(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        integrands: Sequence[Integrand] = (),
-    ) -> Mapped:
+    def to_latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return A (x - mu) in the flow's dtype."""
         value = (x.flatten(1).to(self.mean) - self.mean) @ self.matrix.mT
-        return Mapped(self._like(value, x), self.log_abs_det.to(self._anchor).expand(len(x)))
+        return self._like(value, x), self.log_abs_det.to(self._anchor).expand(len(x))
 
-    def push_forward(
-        self,
-        z: Tensor,
-        context: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        with_log_det: bool = True,
-    ) -> Mapped:
+    def to_data(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return A^-1 z + mu."""
         value = z.flatten(1).to(self.mean) @ self.inverse.mT + self.mean
-        return Mapped(self._like(value, z), -self.log_abs_det.to(self._anchor).expand(len(z)))
+        return self._like(value, z), -self.log_abs_det.to(self._anchor).expand(len(z))
 
     def _like(self, value: Tensor, x: Tensor) -> Tensor:
         return value.to(self._anchor).reshape(x.shape)
