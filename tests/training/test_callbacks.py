@@ -19,6 +19,7 @@ from cnf_lab.ode import SolveStats, TorchdiffeqSolver
 from cnf_lab.trace import Exact, Gaussian, Hutchinson
 from cnf_lab.training import callbacks, plots
 from cnf_lab.training.callbacks import EpochLine, Plots, SolverMonitor, epoch_line
+from cnf_lab.training.curves import read_series
 from cnf_lab.training.tracking import CsvLogger
 
 ROWS = 48
@@ -130,7 +131,7 @@ def test_evaluations_are_the_means_over_training_steps(gradient, tmp_path):
 
 def test_each_epoch_starts_anew_and_reaches_the_table(tmp_path):
     module, _ = fitted(tmp_path, SolverMonitor())
-    series = plots._series(tmp_path / "metrics.csv")
+    series = read_series(tmp_path / "metrics.csv")
     steps, evaluations = series["nfe/forward"]
     assert steps.tolist() == [3, 6]
     halves = (module.solves[:3], module.solves[3:])

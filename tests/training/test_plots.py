@@ -15,6 +15,7 @@ from cnf_lab.flows import ContinuousFlow, Flow, Mapped, StandardNormal, Transfor
 from cnf_lab.ode import TorchdiffeqSolver
 from cnf_lab.trace import Exact
 from cnf_lab.training import panels, plots
+from cnf_lab.training.curves import curves
 
 WINDOW = (-4.0, 4.0, -4.0, 4.0)
 
@@ -271,7 +272,7 @@ def test_curves_read_steps_seconds_and_evaluations(tmp_path):
         "1,19,2.75,,26,2,0.1\n"
         "2,20,,,,,\n"
     )
-    by_step, by_time, cost = plots.curves(table).axes
+    by_step, by_time, cost = curves(table).axes
     train, val = by_step.lines
     assert train.get_xydata().tolist() == [[10, 4.0], [20, 2.75]]
     assert val.get_xydata().tolist() == [[10, 3.0], [20, 2.5]]
@@ -283,6 +284,6 @@ def test_curves_read_steps_seconds_and_evaluations(tmp_path):
 def test_curves_of_a_run_without_solves(tmp_path):
     table = tmp_path / "metrics.csv"
     table.write_text("epoch,step,val/bits_per_dim\n0,9,3.0\n")
-    figure = plots.curves(table, "bits_per_dim", "bits")
+    figure = curves(table, "bits_per_dim", "bits")
     figure.draw_without_rendering()
     assert figure.axes[0].lines[1].get_xydata().tolist() == [[10, 3.0]]

@@ -19,6 +19,7 @@ from cnf_lab.errors import ConfigError, SolverError
 from cnf_lab.flows import Flow
 from cnf_lab.ode import SolveStats
 from cnf_lab.training import plots
+from cnf_lab.training.curves import curves
 from cnf_lab.training.tracking import log_figure
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Plots(Callback):
         if trainer.is_global_zero and table.is_file():
             metric = _monitor(pl_module).rpartition("/")[2]
             unit = getattr(getattr(trainer, "datamodule", None), "unit", "nats")
-            self._save(trainer, "curves", "last", plots.curves(table, metric, unit))
+            self._save(trainer, "curves", "last", curves(table, metric, unit))
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the weights that were tested, against rows of the test split."""

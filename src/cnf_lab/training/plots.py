@@ -4,12 +4,10 @@ Solves run in evaluation mode without gradients, and random numbers come from a 
 handed in, or from one of their own that always starts the same: a flow in training does not notice.
 """
 
-import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from cnf_lab.flows import Flow
 from cnf_lab.training import panels
-from cnf_lab.training.panels import DATA, FLOW, INK, PALE, Window
+from cnf_lab.training.panels import DATA, FLOW, INK, Window
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -397,64 +395,3 @@ def figures(
         drawn = draw_samples(flow, samples, context, generator)
         yield "marginals", marginals(drawn, rows, names)
         yield "pairs", pairs(drawn, rows, names)
-
-
-# -- figures of a training run --------------------------------------------------------------------
-
-
-def curves(metrics_csv_path: str | Path, metric: str = "nll", unit: str = "nats") -> "matplotlib.figure.Figure":
-    """Draw a metric of training and validation against steps and time, and the NFE against steps.
-
-    Args:
-        metrics_csv_path: Table of a run's metrics, one row per time of logging.
-        metric: Name of the metric after the slash.
-        unit: Unit of the metric.
-    """
-    series = _series(Path(metrics_csv_path))
-    nothing = (np.empty(0), np.empty(0))
-    figure = panels.new_figure(11.0, 3.2)
-    by_step, by_time, cost = figure.subplots(1, 3)
-    clock = _clock(*series.get("time/step_seconds", nothing))
-    for stage, label, colour in (("train", "training", PALE), ("val", "validation", FLOW)):
-        steps, values = series.get(f"{stage}/{metric}", nothing)
-        _curve(by_step, steps, values, colour, label)
-        _curve(by_time, np.interp(steps, *clock), values, colour, label)
-    for name, colour in (("forward", DATA), ("backward", FLOW)):
-        _curve(cost, *series.get(f"nfe/{name}", nothing), colour, name)
-    title = f"{metric.replace('_', ' ').replace('nll', 'NLL')} ({unit})"
-    panels.dress(by_step, xlabel="training steps", ylabel=title)
-    panels.dress(by_time, xlabel="time in training steps (s)", ylabel=title)
-    panels.dress(cost, xlabel="training steps", ylabel="NFE per training step")
-    for axes in (by_step, by_time, cost):
-        axes.grid(color="#EEEEEE", lw=0.6)
-        axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def _curve(axes: "matplotlib.axes.Axes", x: np.ndarray, y: np.ndarray, colour: str, label: str) -> None:
-    # A line through one point would show nothing.
-    axes.plot(x, y, color=colour, label=label, marker="." if len(x) < 10 else None)
-
-
-def _series(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return steps done and values of every column; of a step that was logged twice, the later."""
-    columns: dict[str, dict[int, float]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            # Lightning numbers the rows by the last step, from 0.
-            done = int(row.pop("step")) + 1
-            for name, value in row.items():
-                if value:
-                    columns.setdefault(name, {})[done] = float(value)
-    return {name: _ordered(values) for name, values in columns.items()}
-
-
-def _ordered(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
-    steps = sorted(values)
-    return np.array(steps, dtype=float), np.array([values[step] for step in steps])
-
-
-def _clock(steps: np.ndarray, step_seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and the seconds of training until then, from the means of the epochs."""
-    seconds = np.cumsum(np.diff(steps, prepend=0) * step_seconds)
-    return np.append(0, steps), np.append(0, seconds)
