@@ -178,6 +178,15 @@ def test_keys_are_the_arguments_of_the_target(option: str, lab_config: ComposeCo
             assert parameters.keys() == keys | (given & parameters.keys()), "options that the yaml does not show"
 
 
+@pytest.mark.parametrize("option", cases("architecture", "optimiser", "schedule") + ["solver=bosh3", "solver=rk4"])
+def test_choices_of_the_user_win_over_a_recipe(option: str, lab_config: ComposeConfig) -> None:
+    """A recipe leaves nothing in an option that was chosen instead of its own."""
+    group = option.partition("=")[0]
+    alone = set(lab_config(option, "dataset=line")[group])
+    for data_set in ("checkerboard", "power", "miniboone", "bsds300_patches", "custom"):
+        assert set(lab_config(option, f"dataset={data_set}")[group]) == alone
+
+
 def test_every_yaml_begins_with_what_it_is() -> None:
     for path in CONF.glob("**/*.yaml"):
         lines = path.read_text().splitlines()
