@@ -105,8 +105,18 @@ def test_run_folder_is_complete_and_wandb_offline(trained: Path) -> None:
     for name in (".hydra/config.yaml", "config_resolved.yaml", "metrics.csv", "metrics.json", "train.log"):
         assert (run / name).is_file(), name
     (record,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"val/nll" in record.read_bytes()
     assert (run / "wandb_id.txt").read_text() in record.name
+    inspect = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(record)]
+    records = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+    for expected in (
+        '"name":"val/nll"',
+        '"summary":{"min":true}',
+        '"test/nll"',
+        '"nfe/forward"',
+        '"architecture"',
+        '"project":"cnf_lab"',
+    ):
+        assert expected in records, expected
     log = (run / "train.log").read_text()
     assert "epoch 1 " in log
     assert "test/nll" in log

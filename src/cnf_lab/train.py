@@ -55,6 +55,7 @@ def train(config: DictConfig) -> float:
         fit_preprocess(flow, data)
     module = build_module(config, flow, data)
     trainer = build_trainer(config)
+    tracking.log_config(trainer.loggers, plain(config))
     if trainer.is_global_zero:
         announce(config, data, flow, folder)
 

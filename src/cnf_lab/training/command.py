@@ -90,7 +90,8 @@ def _quieten() -> None:
     # Lightning's hints about hardware and products, and its own use of a deprecated torch type.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for advice in ("does not have many workers", "is smaller than the logging interval"):
+        warnings.filterwarnings("ignore", message=f".*{advice}.*")
 
 
 def _for_user(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
@@ -99,6 +99,14 @@ def wandb_logger(
         for metric, goal in BEST.items():
             logger.experiment.define_metric(metric, summary=goal, step_metric="trainer/global_step")
     return logger
+
+
+def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
+    """Send the configuration to the loggers that show one."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and _is_first_process():
+            # A resumed run may have changed some of it.
+            logger.experiment.config.update(config, allow_val_change=True)
 
 
 def log_figure(loggers: Sequence[Logger], name: str, figure: "Figure", step: int) -> None:
