@@ -41,7 +41,10 @@ MISTAKES = [
     ("dataset=custom dataset.path=no.npy", "no.npy", "which is no file"),
     ("dataset=power dataset.root=none dataset.download=false", "md5:9b9c9b0375315ad270eba4ce80c093ab", "zenodo"),
     ("resume=nowhere", "Expected resume to be a run folder", "Type resume=outputs/"),
-    ("seed=-1", "", "seed"),
+    ("seed=-1", "Expected seed to be a whole number of at least 0, got -1.", "Type seed=0."),
+    ("trainer.max_epochs=abc", "Expected trainer.max_epochs to be int, got abc.", ""),
+    ("dataset.steps_per_epoch=0", "Expected dataset.steps_per_epoch of at least 1, got 0.", "=200."),
+    ("paths.run=/proc/x", "/proc/x", "No such file"),
 ]
 
 
@@ -165,7 +168,9 @@ def test_sample_with_a_context(trained: Path, lab_config: ComposeConfig, tmp_pat
         (["n=3"], "Expected a context"),
         (["context=[1,2]"], "Expected a context of 1 columns"),
         (["context=[1]", "output=x.txt"], "end in .npy or .csv"),
-        (["context=[1]", "n=0"], "Expected n of at least 1"),
+        (["context=[1]", "n=0"], "Expected n to be a whole number of at least 1, got 0"),
+        (["context=[1]", "n=abc"], "Expected n to be a whole number of at least 1, got abc"),
+        (["context=[1]", "rtol=0"], "Expected rtol to be a number above 0, got 0"),
         (["context=[1]", "device=tpu"], "Expected device to be auto, cpu"),
     ],
 )
@@ -177,6 +182,9 @@ def test_sample_mistakes(overrides: list[str], message: str, trained: Path, lab_
 def test_evaluate_mistakes(trained: Path, lab_config: ComposeConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Expected a run folder or a checkpoint file, got none"):
         evaluate(lab_config(command="evaluate"))
+    for option in ("batch_size=0", "limit=0", "atol=abc", "chunk=0"):
+        with pytest.raises(ConfigError, match=f"Expected {option.split('=')[0]} to be a"):
+            evaluate(lab_config(f"run={trained / 'run'}", option, command="evaluate"))
     with pytest.raises(ConfigError, match="no such folder"):
         evaluate(lab_config(f"run={tmp_path / 'none'}", command="evaluate"))
     (tmp_path / "damaged.ckpt").write_bytes(b"not a checkpoint")

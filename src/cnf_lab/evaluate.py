@@ -20,10 +20,17 @@ from cnf_lab.metrics import MeanWithError
 from cnf_lab.ode import SolveStats, TorchdiffeqSolver
 from cnf_lab.trace import Exact
 from cnf_lab.training.build import build_data
-from cnf_lab.training.command import run_command
+from cnf_lab.training.command import check_number, run_command
 from cnf_lab.training.run import choose_device, environment, require_run, restore_flow, run_folder, write_json
 
 log = logging.getLogger("cnf_lab")
+NUMBERS = (
+    ("batch_size", int, 1, "2000"),
+    ("limit", int, 1, "1000"),
+    ("chunk", int, 1, "16"),
+    ("atol", float, 0, "1e-7"),
+    ("rtol", float, 0, "1e-7"),
+)
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -36,6 +43,8 @@ def evaluate(config: DictConfig) -> float:
     Returns:
         The mean negative log-density.
     """
+    for name, kind, least, typed in NUMBERS:
+        check_number(config, name, kind, least, typed)
     run = require_run(config.run)
     flow, rebuild = restore_flow(run)
     if config.precision not in PRECISIONS:

@@ -14,11 +14,18 @@ from cnf_lab.errors import ConfigError
 from cnf_lab.flows import Flow
 from cnf_lab.ode import TorchdiffeqSolver
 from cnf_lab.trace import Exact
-from cnf_lab.training.command import run_command
+from cnf_lab.training.command import check_number, run_command
 from cnf_lab.training.plots import sample_plot
 from cnf_lab.training.run import choose_device, require_run, restore_flow, run_folder
 
 log = logging.getLogger("cnf_lab")
+NUMBERS = (
+    ("n", int, 1, "1000"),
+    ("batch_size", int, 1, "10000"),
+    ("seed", int, 0, "0"),
+    ("atol", float, 0, "1e-6"),
+    ("rtol", float, 0, "1e-6"),
+)
 
 
 def sample(config: DictConfig) -> None:
@@ -27,6 +34,8 @@ def sample(config: DictConfig) -> None:
     Args:
         config: The composed configuration of ``sample.yaml``.
     """
+    for name, kind, least, typed in NUMBERS:
+        check_number(config, name, kind, least, typed)
     run = require_run(config.run)
     flow, rebuild = restore_flow(run)
     path = Path(config.output) if config.output else run_folder(run) / "samples" / "samples.npy"
@@ -34,8 +43,6 @@ def sample(config: DictConfig) -> None:
         raise ConfigError(
             f"Expected output to end in .npy or .csv, got {path}. Type output={path.with_suffix('.npy')}."
         )
-    if config.n < 1:
-        raise ConfigError(f"Expected n of at least 1, got {config.n}. Type n=1000.")
     device = choose_device(config.device)
     flow.set_evaluation(TorchdiffeqSolver(config.method, config.atol, config.rtol, error_norm="example"), Exact())
     flow.to(device)

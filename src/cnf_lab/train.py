@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cnf_lab.data import FlowDataModule
-from cnf_lab.errors import ConfigError
 from cnf_lab.models import FlowModule
 from cnf_lab.training import tracking
 from cnf_lab.training.build import (
@@ -23,7 +22,7 @@ from cnf_lab.training.build import (
     fit_preprocess,
     plain,
 )
-from cnf_lab.training.command import run_command
+from cnf_lab.training.command import check_number, run_command
 from cnf_lab.training.relaunch import one_job
 from cnf_lab.training.run import environment, load_checkpoint, save_config, write_json
 
@@ -41,8 +40,8 @@ def train(config: DictConfig) -> float:
         The best validation value of what the model watches, for sweepers.
     """
     folder = Path(config.paths.run)
-    if not 0 <= config.seed < 2**32:
-        raise ConfigError(f"Expected seed from 0 to {2**32 - 1}, got {config.seed}. Type seed=0.")
+    check_number(config, "seed", int, 0, "0")
+    check_number(config, "threads", int, 1, "2")
     if config.threads:
         torch.set_num_threads(config.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)

@@ -196,6 +196,11 @@ class FlowDataModule(pl.LightningDataModule, ABC):
         for option, value in (("batch_size", batch_size), ("evaluation_batch_size", evaluation_batch_size)):
             if value < 1:
                 raise ConfigError(f"Expected dataset.{option} of at least 1, got {value}. Type dataset.{option}=100.")
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise ConfigError(
+                f"Expected dataset.steps_per_epoch of at least 1, got {steps_per_epoch}. "
+                "Type dataset.steps_per_epoch=200."
+            )
         self.name = name
         self.batch_size, self.evaluation_batch_size = batch_size, evaluation_batch_size
         self.steps_per_epoch, self.num_workers, self.seed = steps_per_epoch, num_workers, seed

@@ -112,7 +112,7 @@ def fit_preprocess(flow: Flow, data: FlowDataModule) -> None:
 
 def build_module(config: DictConfig, flow: Flow, data: FlowDataModule) -> FlowModule:
     """Build the LightningModule around a flow; its checkpoints can rebuild the flow alone."""
-    regularisers = {name: build(node, "regulariser") for name, node in config.regulariser.items()}
+    regularisers = {name: build(node, "regulariser") for name, node in _several(config, "regulariser")}
     rebuild = {
         "config": plain(config),
         "event_shape": list(data.event_shape),
@@ -136,8 +136,8 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
 
     A terminal gets progress bars; a file gets a line per epoch from the callback for it.
     """
-    loggers = [build(node, f"logger.{name}") for name, node in config.logger.items() if OmegaConf.is_dict(node)]
-    callbacks = [build(node, f"callbacks.{name}") for name, node in config.callbacks.items() if node]
+    loggers = [build(node, f"logger.{name}") for name, node in _several(config, "logger") if OmegaConf.is_dict(node)]
+    callbacks = [build(node, f"callbacks.{name}") for name, node in _several(config, "callbacks") if node]
     if not loggers:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     return build(
@@ -157,6 +157,11 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+def _several(config: DictConfig, group: str) -> Iterable[tuple[Any, Any]]:
+    """Return the nodes of a group of which several options may be chosen, or none."""
+    return (OmegaConf.select(config, group) or {}).items()
+
+
 def _check_options(config: DictConfig | dict[str, Any], what: str) -> None:
     """Say which option is unknown, or is a text where a number belongs."""
     target = get_object(config["_target_"])
@@ -172,7 +177,7 @@ def _check_options(config: DictConfig | dict[str, Any], what: str) -> None:
             typed = f" Type {what}.{closest[0]}={value}." if closest else ""
             raise ConfigError(f"Expected {what} to have options {', '.join(parameters)}, got {key}.{typed}")
         if isinstance(value, str) and key in hints and not _admits_text(hints[key]):
-            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            wanted = " or ".join(member.__name__ for member in _members(hints[key]) if member is not type(None))
             raise ConfigError(f"Expected {what}.{key} to be {wanted}, got {value}. Type {what}.{key}=<{wanted}>.")
 
 
@@ -185,8 +190,11 @@ def _hints(target: Any) -> dict[str, Any]:
 
 def _admits_text(hint: Any) -> bool:
     """Whether an annotation leaves room for a text: anything but numbers, truth values and None."""
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    return not all(member in (int, float, bool, type(None), torch.Tensor) for member in members)
+    return not all(member in (int, float, bool, type(None), torch.Tensor) for member in _members(hint))
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _training_rows(data: FlowDataModule) -> Iterator[tuple[Tensor, Tensor | None]]:

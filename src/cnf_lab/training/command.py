@@ -94,8 +94,29 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
 
 
+def check_number(config: DictConfig, name: str, kind: type[int] | type[float], least: int, typed: str) -> None:
+    """Check an option of a command that is a number, or null.
+
+    Args:
+        config: The configuration.
+        name: Name of the option.
+        kind: int, or float, which admits whole numbers too.
+        least: Smallest value; for float the value must lie above it.
+        typed: A value to suggest.
+
+    Raises:
+        ConfigError: If it is another thing, or too small.
+    """
+    value = config[name]
+    fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if value is not None and not (fits and (value >= least if kind is int else value > least)):
+        wanted = f"a whole number of at least {least}" if kind is int else f"a number above {least}"
+        raise ConfigError(f"Expected {name} to be {wanted}, got {value}. Type {name}={typed}.")
+
+
 def _for_user(error: BaseException) -> bool:
-    return isinstance(error, LabError | HydraException | OmegaConfBaseException)
+    # A folder that cannot be written and a full disk are the user's to mend, and say so themselves.
+    return isinstance(error, LabError | HydraException | OmegaConfBaseException | OSError)
 
 
 def explain(error: BaseException, arguments: Sequence[str], config_name: str) -> str:

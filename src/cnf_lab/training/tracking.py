@@ -95,6 +95,7 @@ def wandb_logger(
         log_model=False,
         settings=wandb.Settings(silent=True),
     )
+    logger._wandb_init.pop("anonymous", None)  # Lightning passes it, and wandb warns that it does nothing
     if _is_first_process() and mode != "disabled":
         for metric, goal in BEST.items():
             logger.experiment.define_metric(metric, summary=goal, step_metric="trainer/global_step")
