@@ -144,7 +144,7 @@ def test_evaluate_own_rows_by_name(trained: Path, lab_config: ComposeConfig, tmp
     rows.to_csv(tmp_path / "grid.csv", index=False)
     overrides = (f"run={trained / 'run'}", f"data={tmp_path / 'grid.csv'}", f"output={tmp_path}", "batch_size=16000")
     evaluate(lab_config(*overrides, command="evaluate"))
-    log_prob = np.load(tmp_path / "grid_log_prob.npy")
+    log_prob = np.load(tmp_path / "rows_grid_log_prob.npy")
     mass = np.exp(log_prob).sum() * (grid_a[1] - grid_a[0]) * (grid_b[1] - grid_b[0])
     assert mass == pytest.approx(1, abs=2e-3)
 

@@ -45,7 +45,7 @@ GIVEN = {
 #: Keys of a yaml that the lab takes out before it makes the target.
 TAKEN = {"model": {"name", "module", "evaluation_trace"}, "solver": {"evaluation"}}
 #: Targets of other libraries need not list all of their options.
-PARTLY = ("torch.", "pytorch_lightning.")
+PARTLY = ("torch.", "pytorch_lightning.", "cnf_lab.training.callbacks.MovableCheckpoint")
 
 
 def options(group: str) -> list[str]:

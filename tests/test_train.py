@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 import cnf_lab
+from cnf_lab.errors import ConfigError, DataError
+from cnf_lab.evaluate import evaluate
 from cnf_lab.train import train
 from cnf_lab.training.build import build_data
 
@@ -122,6 +124,46 @@ def test_weight_decay_acts(tmp_path: Path, rows: Path, lab_config: ComposeConfig
         weights = state(run)["current_model_state"]
         norms.append(sum(float(value.norm()) for key, value in weights.items() if key.endswith("linear.weight")))
     assert norms[1] < 0.95 * norms[0]
+
+
+def test_a_run_that_was_moved_keeps_its_best(tmp_path: Path, rows: Path, lab_config: ComposeConfig) -> None:
+    """The best epoch stays the best when the folder is renamed before the run goes on."""
+    idle = (*SMALL, f"dataset.path={rows}", "callbacks=[default]", "optimiser.lr=0.0", "test=false")
+    train(lab_config(*idle, "trainer.max_epochs=2", run=tmp_path / "old"))
+    (tmp_path / "old").rename(tmp_path / "new")
+    train(lab_config(*idle, "trainer.max_epochs=4", f"resume={tmp_path / 'new'}", run=tmp_path / "new"))
+    assert state(tmp_path / "new", "best.ckpt")["epoch"] == 0
+    assert state(tmp_path / "new")["epoch"] == 3
+
+
+def test_resumption_and_evaluation_want_the_rows_of_the_training(
+    tmp_path: Path, rows: Path, lab_config: ComposeConfig
+) -> None:
+    run, short = tmp_path / "run", (*SMALL, f"dataset.path={rows}", "test=false")
+    train(lab_config(*short, "trainer.max_epochs=1"))
+    kept = (run / "config_resolved.yaml").read_text()
+    np.save(rows, np.load(rows)[:-5])
+    with pytest.raises(DataError, match="Expected custom to have the rows of the training"):
+        train(lab_config(*short, "trainer.max_epochs=2", f"resume={run}"))
+    with pytest.raises(DataError, match="rows of the training"):
+        evaluate(lab_config(f"run={run}", command="evaluate"))
+    assert (run / "config_resolved.yaml").read_text() == kept
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(tmp_path: Path, rows: Path, lab_config: ComposeConfig) -> None:
+    short = (*SMALL, f"dataset.path={rows}", "trainer.max_epochs=1", "test=false")
+    train(lab_config(*short))
+    with pytest.raises(ConfigError, match="Expected a run folder without a run in it"):
+        train(lab_config(*short))
+
+
+@pytest.mark.filterwarnings("ignore:ReduceLROnPlateau conditioned on metric")
+def test_plateau_counts_validations(tmp_path: Path, rows: Path, lab_config: ComposeConfig) -> None:
+    """Epochs without validation bring no news: a rate that waits for two bad ones stays."""
+    few = ("trainer.check_val_every_n_epoch=3", "schedule.patience=0", "callbacks=[default]", "trainer.max_epochs=6")
+    train(lab_config(*SMALL, f"dataset.path={rows}", *few, "test=false"))
+    (schedule,) = state(tmp_path / "run")["lr_schedulers"]
+    assert schedule["last_epoch"] == 2
 
 
 def launch(*arguments: str, cwd: Path) -> subprocess.Popen:

@@ -21,13 +21,19 @@ from cnf_lab.ode import SolveStats, TorchdiffeqSolver
 from cnf_lab.trace import Exact
 from cnf_lab.training.build import build_data
 from cnf_lab.training.command import check_number, run_command
-from cnf_lab.training.run import choose_device, environment, require_run, restore_flow, run_folder, write_json
+from cnf_lab.training.run import (
+    check_same_rows,
+    choose_device,
+    environment,
+    require_run,
+    restore_flow,
+    run_folder,
+    write_json,
+)
 
 log = logging.getLogger("cnf_lab")
 NUMBERS = (
     ("batch_size", int, 1, "2000"),
-    ("limit", int, 1, "1000"),
-    ("chunk", int, 1, "16"),
     ("atol", float, 0, "1e-7"),
     ("rtol", float, 0, "1e-7"),
 )
@@ -45,6 +51,8 @@ def evaluate(config: DictConfig) -> float:
     """
     for name, kind, least, typed in NUMBERS:
         check_number(config, name, kind, least, typed)
+    check_number(config, "limit", int, 1, "1000", optional=True)
+    check_number(config, "chunk", int, 1, "16", optional=True)
     run = require_run(config.run)
     flow, rebuild = restore_flow(run)
     if config.precision not in PRECISIONS:
@@ -63,6 +71,9 @@ def evaluate(config: DictConfig) -> float:
     unit = rebuild["data"]["unit"]
     context = {
         "run": str(run),
+        "split": config.split if config.data is None else None,
+        "file": config.data,
+        "limit": config.limit,
         "rows": len(log_prob),
         "unit": unit,
         "notes": notes,
@@ -88,12 +99,16 @@ def open_rows(config: DictConfig, rebuild: dict[str, Any]) -> tuple[str, Rows, l
     """Return a name, the rows to evaluate, and what every number from them must say."""
     if config.data is not None:
         described, features = rebuild["data"], math.prod(rebuild["event_shape"])
-        rows = read_rows(config.data, features, described["column_names"], described["context_names"], key=config.key)
-        return Path(config.data).stem, rows, []
+        rows = read_rows(
+            str(config.data), features, described["column_names"], described["context_names"], key=config.key
+        )
+        return f"rows_{Path(str(config.data)).stem}", rows, []
     saved = OmegaConf.create(rebuild["config"])
-    if config.root is not None:
-        saved.dataset.root = config.root
+    for key in ("root", "path"):
+        if config.root is not None and key in saved.dataset:
+            saved.dataset[key] = str(config.root)
     data = build_data(saved)
+    check_same_rows(data.describe()["rows"], rebuild["data"]["rows"], str(data.name))
     return config.split, data.split(config.split), data.notes
 
 

@@ -38,14 +38,14 @@ def sample(config: DictConfig) -> None:
         check_number(config, name, kind, least, typed)
     run = require_run(config.run)
     flow, rebuild = restore_flow(run)
-    path = Path(config.output) if config.output else run_folder(run) / "samples" / "samples.npy"
+    path = Path(config.output) if config.output else run_folder(run) / "samples" / f"samples_seed_{config.seed}.npy"
     if path.suffix not in (".npy", ".csv"):
         raise ConfigError(
             f"Expected output to end in .npy or .csv, got {path}. Type output={path.with_suffix('.npy')}."
         )
     device = choose_device(config.device)
     flow.set_evaluation(TorchdiffeqSolver(config.method, config.atol, config.rtol, error_norm="example"), Exact())
-    flow.to(device)
+    flow.to(device, torch.float64)
 
     context = open_context(config, flow, rebuild["data"]["context_names"])
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -79,7 +79,10 @@ def open_context(config: DictConfig, flow: Flow, names: list[str] | None) -> Ten
         rows = read_rows(given, flow.context_features, names)
         context = rows.__getitems__(range(len(rows))).x
     else:
-        context = torch.tensor([OmegaConf.to_container(given)], dtype=torch.float64)
+        row = list(given) if OmegaConf.is_list(given) else [given]
+        if not all(isinstance(value, int | float) for value in row):
+            raise ConfigError(f"Expected a context of numbers, got {row}. Type {wanted}.")
+        context = torch.tensor([row], dtype=torch.float64)
     if context.shape[1:] != (flow.context_features,) or len(context) not in (1, config.n):
         raise ConfigError(
             f"Expected a context of {flow.context_features} columns and 1 or {config.n} rows, "

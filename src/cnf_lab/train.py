@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cnf_lab.data import FlowDataModule
+from cnf_lab.errors import ConfigError
 from cnf_lab.models import FlowModule
 from cnf_lab.training import tracking
 from cnf_lab.training.build import (
@@ -24,7 +26,7 @@ from cnf_lab.training.build import (
 )
 from cnf_lab.training.command import check_number, run_command
 from cnf_lab.training.relaunch import one_job
-from cnf_lab.training.run import environment, load_checkpoint, save_config, write_json
+from cnf_lab.training.run import check_same_rows, environment, load_checkpoint, load_state, save_config, write_json
 
 log = logging.getLogger("cnf_lab")
 TERMINATED = 143  # what a shell reports for SIGTERM
@@ -41,18 +43,25 @@ def train(config: DictConfig) -> float:
     """
     folder = Path(config.paths.run)
     check_number(config, "seed", int, 0, "0")
-    check_number(config, "threads", int, 1, "2")
+    check_number(config, "threads", int, 1, "2", optional=True)
+    if config.seed >= 2**32:
+        raise ConfigError(f"Expected seed below {2**32}, got {config.seed}. Type seed=0.")
     if config.threads:
         torch.set_num_threads(config.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    save_config(config, folder)
+    absolute_paths(config)
 
     # 1. Data first: the flow needs their shape. 2. The flow. 3. Its module. 4. The trainer.
     data = build_data(config)
     flow = build_flow(config, data.event_shape, data.context_features)
-    if config.resume is None:
-        fit_preprocess(flow, data)
     module = build_module(config, flow, data)
+    last = str(folder / "checkpoints" / "last.ckpt") if config.resume else None
+    if last is None:
+        refuse_another_run(folder)
+        fit_preprocess(flow, data)
+    else:
+        check_resumable(module, data, last)
+    save_config(config, folder)
     trainer = build_trainer(config)
     tracking.log_config(trainer.loggers, plain(config))
     if trainer.is_global_zero:
@@ -60,7 +69,6 @@ def train(config: DictConfig) -> float:
 
     failed = True
     try:
-        last = str(folder / "checkpoints" / "last.ckpt") if config.resume else None
         started = time.monotonic()
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
         metrics = {**numbers(trainer), "time/fit_seconds": time.monotonic() - started}
@@ -86,13 +94,37 @@ def job(config: DictConfig) -> float:
             # Lightning leaves in this way on a signal, after SIGTERM with the code of a success.
             raise SystemExit(TERMINATED if stop.code is None else stop.code) from None
         except Exception as error:
-            (Path(config.paths.run) / "FAILED").write_text(f"{type(error).__name__}: {error}\n")
+            with suppress(OSError):
+                (Path(config.paths.run) / "FAILED").write_text(f"{type(error).__name__}: {error}\n")
             raise
 
 
 def main() -> None:
     """Run the command."""
     run_command(job, "train")
+
+
+def absolute_paths(config: DictConfig) -> None:
+    """Make the paths of the data absolute, so that a run can be evaluated from any folder."""
+    for key in ("root", "path", "val_path", "test_path"):
+        if config.dataset.get(key) is not None:
+            config.dataset[key] = str(Path(str(config.dataset[key])).expanduser().absolute())
+
+
+def refuse_another_run(folder: Path) -> None:
+    """Keep a new run from overwriting an old one."""
+    if any((folder / "checkpoints").glob("*.ckpt")):
+        raise ConfigError(
+            f"Expected a run folder without a run in it, got {folder}. "
+            f"Type resume={folder} to go on with it, or another hydra.run.dir=...."
+        )
+
+
+def check_resumable(module: FlowModule, data: FlowDataModule, last: str) -> None:
+    """Make sure that a checkpoint fits before anything of the run is overwritten."""
+    checkpoint = load_checkpoint(last)
+    load_state(module, checkpoint["state_dict"], Path(last))
+    check_same_rows(data.describe()["rows"], checkpoint["hyper_parameters"]["data"]["rows"], str(data.name))
 
 
 def numbers(trainer: pl.Trainer) -> dict[str, float]:
@@ -127,12 +159,13 @@ def load_best(module: FlowModule, trainer: pl.Trainer) -> None:
 def report(config: DictConfig, data: FlowDataModule, metrics: dict[str, float], folder: Path) -> None:
     """Write metrics.json and say where the run ended."""
     (folder / "FAILED").unlink(missing_ok=True)
-    _, solver = build_solvers(config.solver)
+    training_solver, solver = build_solvers(config.solver)
     context = {
         "unit": data.unit,
         "data": data.describe(),
         "solver": solver.describe(),
         "trace": plain(config.model.evaluation_trace),
+        "training": {"solver": training_solver.describe(), "trace": plain(config.trace)},
         "seed": config.seed,
         **environment(),
     }
@@ -143,6 +176,8 @@ def report(config: DictConfig, data: FlowDataModule, metrics: dict[str, float], 
             error_text = "" if error is None else f" ± {error:.4f}"
             truth = "" if data.entropy is None else f"; the true density has {data.entropy:.4f}"
             log.info("%s/nll %.4f%s %s%s", stage, metrics[f"{stage}/nll"], error_text, data.unit, truth)
+    for note in data.notes:
+        log.warning("%s", note)
     log.info("run folder %s", folder)
 
 

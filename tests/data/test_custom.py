@@ -61,10 +61,10 @@ def test_splits_share_the_rows(write, name, shuffle):
     assert train == sorted(train)
 
 
-def test_random_splits_depend_on_the_seed_alone(write):
+def test_random_splits_depend_on_their_seed_alone(write):
     path = write(rows())
-    assert numbers(custom(path, seed=3), "test") == numbers(custom(path, seed=3), "test")
-    assert numbers(custom(path, seed=3), "test") != numbers(custom(path, seed=4), "test")
+    assert numbers(custom(path, split_seed=3), "test") == numbers(custom(path, split_seed=3, seed=9), "test")
+    assert numbers(custom(path, split_seed=3), "test") != numbers(custom(path, split_seed=4), "test")
 
 
 def test_every_split_of_few_rows_gets_one(write):

@@ -305,7 +305,7 @@ def test_low_precision_is_left_to_the_field(make, trace):
         if not parameter.any():
             nn.init.normal_(parameter, std=0.03)  # the last layer of a residual field
     features = make.keywords.get("context_features", 0)
-    flow = Flow(ContinuousFlow(field, solver, trace), StandardNormal((3,)), features).eval()
+    flow = Flow(ContinuousFlow(field, solver, trace), StandardNormal((3,)), features).train()
     x, context = torch.randn(50, 3), torch.randn(50, features) if features else None
 
     def run():
@@ -320,6 +320,17 @@ def test_low_precision_is_left_to_the_field(make, trace):
     assert low.solves[0].nfe_forward <= 2 * full.solves[0].nfe_forward
     torch.testing.assert_close(log_prob, expected, rtol=0, atol=0.05)
     assert not log_prob.equal(expected)
+
+
+def test_evaluation_keeps_full_precision():
+    """At an evaluation's tolerance a low-precision field would chase its own round-off."""
+    flow = Flow(
+        ContinuousFlow(Mlp((3,), [8], Concat, Tanh), TorchdiffeqSolver("dopri5"), Exact()), StandardNormal((3,))
+    )
+    x = torch.randn(5, 3)
+    expected = flow.eval().log_prob(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert flow.log_prob(x).equal(expected)
 
 
 @pytest.mark.parametrize("gradient", ["direct", "adjoint"])

@@ -196,6 +196,10 @@ class FlowDataModule(pl.LightningDataModule, ABC):
         for option, value in (("batch_size", batch_size), ("evaluation_batch_size", evaluation_batch_size)):
             if value < 1:
                 raise ConfigError(f"Expected dataset.{option} of at least 1, got {value}. Type dataset.{option}=100.")
+        if num_workers < 0:
+            raise ConfigError(
+                f"Expected dataset.num_workers of at least 0, got {num_workers}. Type dataset.num_workers=0."
+            )
         if steps_per_epoch is not None and steps_per_epoch < 1:
             raise ConfigError(
                 f"Expected dataset.steps_per_epoch of at least 1, got {steps_per_epoch}. "
@@ -325,6 +329,11 @@ class FlowDataModule(pl.LightningDataModule, ABC):
     def evaluation_dataloader(self, split: str, batch_size: int | None = None) -> DataLoader:
         """Rows of any split in order, each on exactly one process."""
         rows = self.split(split)
+        if len(rows) < self._world_size:
+            raise ConfigError(
+                f"Expected a row of the {split} split for each of {self._world_size} processes, got {len(rows)} rows. "
+                "Type trainer.devices=1."
+            )
         sampler = ShardSampler(len(rows), self._world_size, self._rank)
         return self._loader(rows, batch_size or self.evaluation_batch_size, sampler)
 

@@ -132,7 +132,8 @@ class CustomDataModule(FlowDataModule):
         evaluation_batch_size: Rows per evaluation step and process.
         steps_per_epoch: Training steps between two validations; None means one pass.
         num_workers: Worker processes of each loader; each reads row groups for itself.
-        seed: Seed of the split and of the order of rows.
+        seed: Seed of the order of rows.
+        split_seed: Seed of the split, apart from ``seed``: runs with other seeds are tested on the same rows.
     """
 
     def __init__(
@@ -153,11 +154,13 @@ class CustomDataModule(FlowDataModule):
         steps_per_epoch: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        split_seed: int = 0,
     ) -> None:
         super().__init__(name, batch_size, evaluation_batch_size, steps_per_epoch, num_workers, seed)
         for option, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 <= fraction < 1:
                 raise ConfigError(f"Expected dataset.{option} in [0, 1), got {fraction}. Type dataset.{option}=0.1.")
+        self.split_seed = split_seed
         self.path, self.val_path, self.test_path, self.key = path, val_path, test_path, key
         self.columns = None if columns is None else _as_list(columns)
         self.drop_columns, self.context = _as_list(drop_columns), _as_list(context)
@@ -213,7 +216,7 @@ class CustomDataModule(FlowDataModule):
         order = np.arange(rows)
         if self.shuffle:
             # Not the generator of any pass over the rows, whose seeds are (seed, pass).
-            order = np.random.default_rng([self.seed, 0, 1]).permutation(order)
+            order = np.random.default_rng([self.split_seed, 0, 1]).permutation(order)
         test = 0 if self.test_path else _share(rows, self.test_fraction)
         val = 0 if self.val_path else _share(rows, self.val_fraction)
         # Ascending within each part, so that evaluation goes through a file from start to end.

@@ -6,7 +6,7 @@ from cnf_lab.flows.base import Integrand as Integrand
 from cnf_lab.flows.base import Mapped as Mapped
 from cnf_lab.flows.base import Transform as Transform
 from cnf_lab.flows.base import UnconditionalTransform as UnconditionalTransform
-from cnf_lab.flows.base_density import StandardNormal as StandardNormal
+from cnf_lab.flows.base_distribution import StandardNormal as StandardNormal
 from cnf_lab.flows.continuous import ContinuousFlow as ContinuousFlow
 from cnf_lab.flows.density import density_flow as density_flow
 from cnf_lab.flows.normalisation import ActNorm as ActNorm

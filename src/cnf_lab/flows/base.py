@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cnf_lab.flows.base_density import StandardNormal
+from cnf_lab.flows.base_distribution import StandardNormal
 from cnf_lab.ode import OdeSolver, SolveStats
 from cnf_lab.shapes import Float
 from cnf_lab.trace import DivergenceEstimator
@@ -180,7 +180,7 @@ def _then(first: Mapped, second: Mapped) -> Mapped:
 
 
 class Flow(nn.Module):
-    r"""A density: a transform between data and a base density.
+    r"""A density: a transform between data and a base distribution.
 
     .. math:: \log p(x) = \log p_{\mathrm{base}}(z) + \log|\det \partial z / \partial x|,
               \qquad z = \mathrm{pull\_back}(x).

@@ -131,7 +131,8 @@ class ContinuousFlow(Transform):
             context = self.amortiser(context)
         probe = divergence.start(self.field, x, generator) if with_log_det else None
         device = x.device.type
-        autocast, low = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        # In low precision a tight tolerance would chase round-off: evaluation keeps the full one.
+        autocast, low = self.training and torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
         def rhs(s: Tensor, state: State) -> State:
             x = state[0]

@@ -7,7 +7,7 @@ from torch import nn
 from cnf_lab.errors import ConfigError
 from cnf_lab.fields import VectorField
 from cnf_lab.flows.base import Chain, Flow, Transform
-from cnf_lab.flows.base_density import StandardNormal
+from cnf_lab.flows.base_distribution import StandardNormal
 from cnf_lab.flows.continuous import ContinuousFlow
 from cnf_lab.flows.preprocess import ContextScaler, Preprocess
 from cnf_lab.ode import OdeSolver

@@ -5,7 +5,8 @@ as the data set gives them. They are saved with the weights.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,18 @@ class NoPreprocess(Preprocess):
         return z, self._anchor.expand(len(z))
 
 
-class LinearPreprocess(Preprocess):
+class _DoubleBuffers(nn.Module):
+    """Keeps float64 buffers float64 when a module is moved to another precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.dtype == torch.float64}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+class LinearPreprocess(_DoubleBuffers, Preprocess):
     r""":math:`y = A (x - \mu)` with A fitted so that y has mean 0 and unit variances.
 
     Coefficients are float64 and the map is computed in float64: columns with a large mean and
@@ -88,15 +100,12 @@ class LinearPreprocess(Preprocess):
     def to_latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return A (x - mu) in the flow's dtype."""
         value = (x.flatten(1).to(self.mean) - self.mean) @ self.matrix.mT
-        return self._like(value, x), self.log_abs_det.to(self._anchor).expand(len(x))
+        return value.to(self._anchor).reshape(x.shape), self.log_abs_det.to(self._anchor).expand(len(x))
 
     def to_data(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A^-1 z + mu."""
-        value = z.flatten(1).to(self.mean) @ self.inverse.mT + self.mean
-        return self._like(value, z), -self.log_abs_det.to(self._anchor).expand(len(z))
-
-    def _like(self, value: Tensor, x: Tensor) -> Tensor:
-        return value.to(self._anchor).reshape(x.shape)
+        """Return A^-1 z + mu in float64, whatever the flow's dtype."""
+        value = (z.flatten(1).to(self.mean) @ self.inverse.mT + self.mean).reshape(z.shape)
+        return value, -self.log_abs_det.to(self._anchor).expand(len(z))
 
 
 class Standardise(LinearPreprocess):
@@ -128,7 +137,7 @@ class Whiten(LinearPreprocess):
         return inverse / deviation, root * deviation[:, None]
 
 
-class ContextScaler(nn.Module):
+class ContextScaler(_DoubleBuffers):
     """Standardises a conditioning context; there is no log-det, for the context has no density.
 
     Args:

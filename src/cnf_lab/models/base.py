@@ -63,7 +63,8 @@ class FlowModule(pl.LightningModule):
     def log_terms(self, result: LossTerms) -> dict[str, Any]:
         """Log the parts of a training loss and return what Lightning and the callbacks need."""
         for name, values in result.terms.items():
-            self.log(f"train/{name}", values.detach().mean(), on_step=False, on_epoch=True, batch_size=len(values))
+            mean = values.detach().mean()
+            self.log(f"train/{name}", mean, on_step=False, on_epoch=True, batch_size=len(values), sync_dist=True)
         self.log("train/loss", result.loss.detach(), on_step=True, on_epoch=False)
         return {"loss": result.loss, "solves": result.solves}
 
@@ -88,6 +89,12 @@ class FlowModule(pl.LightningModule):
         """
         for config in self.trainer.lr_scheduler_configs:
             config.frequency = int(self.trainer.num_training_batches)
+
+    def lr_scheduler_step(self, scheduler: LRScheduler | ReduceLROnPlateau, metric: Any | None) -> None:
+        """Step a schedule; one that waits for improvement counts validations, not epochs."""
+        validated = (self.current_epoch + 1) % (self.trainer.check_val_every_n_epoch or 1) == 0
+        if validated or not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimiser and its schedule."""

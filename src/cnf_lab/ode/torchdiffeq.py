@@ -41,6 +41,7 @@ OPTIONS = {
     ADAMS: ("step_size", "perturb", "interp", "max_order", "max_iters"),
     SCIPY: ("solver", "min_step", "max_step"),
 }  # fmt: skip
+TEXTS = ("solver", "interp", "perturb", "step_t", "jump_t")  # options that are no single number
 ERROR_NORMS = {"batch": batch_error_norm, "example": example_error_norm}
 
 
@@ -98,6 +99,11 @@ class TorchdiffeqSolver(OdeSolver):
             )
         for option in options:
             _check_choice("solver.options", option, _of_family(OPTIONS, method))
+            if option not in TEXTS and not isinstance(options[option], int | float):
+                raise ConfigError(
+                    f"Expected solver.options.{option} to be a number, got {options[option]}. "
+                    f"Type solver.options.{option}=null."
+                )
         if "solver" in options:
             _check_choice(
                 "solver.options.solver", options["solver"], ("LSODA", "RK45", "RK23", "DOP853", "Radau", "BDF")

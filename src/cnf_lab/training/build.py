@@ -112,7 +112,7 @@ def fit_preprocess(flow: Flow, data: FlowDataModule) -> None:
 
 def build_module(config: DictConfig, flow: Flow, data: FlowDataModule) -> FlowModule:
     """Build the LightningModule around a flow; its checkpoints can rebuild the flow alone."""
-    regularisers = {name: build(node, "regulariser") for name, node in _several(config, "regulariser")}
+    regularisers = {name: build(node, f"regulariser.{name}") for name, node in _several(config, "regulariser")}
     rebuild = {
         "config": plain(config),
         "event_shape": list(data.event_shape),
@@ -176,7 +176,11 @@ def _check_options(config: DictConfig | dict[str, Any], what: str) -> None:
             closest = difflib.get_close_matches(key, parameters, n=1)
             typed = f" Type {what}.{closest[0]}={value}." if closest else ""
             raise ConfigError(f"Expected {what} to have options {', '.join(parameters)}, got {key}.{typed}")
-        if isinstance(value, str) and key in hints and not _admits_text(hints[key]):
+        text = isinstance(value, str) and key in hints and not _admits_text(hints[key])
+        fraction = (
+            isinstance(value, float) and int in _members(hints.get(key)) and float not in _members(hints.get(key))
+        )
+        if text or fraction:
             wanted = " or ".join(member.__name__ for member in _members(hints[key]) if member is not type(None))
             raise ConfigError(f"Expected {what}.{key} to be {wanted}, got {value}. Type {what}.{key}=<{wanted}>.")
 

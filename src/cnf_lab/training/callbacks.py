@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 
 from cnf_lab.data import FlowDataModule
@@ -94,6 +94,25 @@ def _peak_mebibytes(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / MEBIBYTE if sys.platform == "darwin" else peak / 1024  # macOS counts bytes, Linux KiB
+
+
+class MovableCheckpoint(ModelCheckpoint):
+    """Lightning's, for a run whose folder may be moved before it is resumed.
+
+    Lightning's own forgets what was best when the folder has another name, and the next epoch,
+    however bad, would overwrite it.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state over, its paths pointed at the folder of today."""
+        folder = Path(str(self.dirpath))
+        moved = dict(state_dict, dirpath=self.dirpath)
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            if moved.get(key):
+                moved[key] = str(folder / Path(moved[key]).name)
+        kept = moved.get("best_k_models", {})
+        moved["best_k_models"] = {str(folder / Path(path).name): score for path, score in kept.items()}
+        super().load_state_dict(moved)
 
 
 class Plots(Callback):

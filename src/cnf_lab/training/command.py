@@ -29,8 +29,10 @@ from cnf_lab.errors import ConfigError, LabError
 
 log = logging.getLogger("cnf_lab")
 FULL_ERROR = "HYDRA_FULL_ERROR"
+#: What a checkpoint holds: other values would be ignored when a run is resumed, or not fit.
+FIXED_BY_A_RUN = ("seed", "recipe", "model", "architecture", "preprocess", "normalisation", "optimiser", "schedule")
 
-OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w=.,-]+", "-", str(text))[:100], replace=True)
+OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.-]+", "-", str(text))[:100], replace=True)
 
 
 def config_folder() -> Path:
@@ -90,12 +92,18 @@ def _quieten() -> None:
     # Lightning's hints about hardware and products, and its own use of a deprecated torch type.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    for advice in ("does not have many workers", "is smaller than the logging interval"):
+    for advice in (
+        "does not have many workers",
+        "is smaller than the logging interval",
+        "Skipping learning rate update",
+    ):
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
 
 
-def check_number(config: DictConfig, name: str, kind: type[int] | type[float], least: int, typed: str) -> None:
-    """Check an option of a command that is a number, or null.
+def check_number(
+    config: DictConfig, name: str, kind: type[int] | type[float], least: int, typed: str, optional: bool = False
+) -> None:
+    """Check an option of a command that is a number.
 
     Args:
         config: The configuration.
@@ -103,13 +111,14 @@ def check_number(config: DictConfig, name: str, kind: type[int] | type[float], l
         kind: int, or float, which admits whole numbers too.
         least: Smallest value; for float the value must lie above it.
         typed: A value to suggest.
+        optional: Whether null is admitted.
 
     Raises:
         ConfigError: If it is another thing, or too small.
     """
     value = config[name]
     fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if value is not None and not (fits and (value >= least if kind is int else value > least)):
+    if not (value is None and optional) and not (fits and (value >= least if kind is int else value > least)):
         wanted = f"a whole number of at least {least}" if kind is int else f"a number above {least}"
         raise ConfigError(f"Expected {name} to be {wanted}, got {value}. Type {name}={typed}.")
 
@@ -125,6 +134,8 @@ def explain(error: BaseException, arguments: Sequence[str], config_name: str) ->
         error = error.__cause__
     if isinstance(error, LabError):
         return " ".join(str(error).split())
+    if "--config-path" in arguments:  # a resumed run: the keys are those of its own configuration
+        return " ".join(f"{error} {error.__cause__ or ''}".split())
     groups = _groups() if config_name == "train" else {}
     chosen = [argument for argument in arguments if _is_choice(argument, groups)]
     for argument in arguments:
@@ -151,9 +162,9 @@ def _prepared(arguments: list[str]) -> list[str]:
 def _resumed(arguments: list[str]) -> list[str]:
     """Turn ``resume=<run>`` into Hydra's own options for running a saved configuration again."""
     resumed = [argument for argument in arguments if argument.startswith("resume=")]
-    if not resumed or resumed[-1] == "resume=null":
+    if not resumed or resumed[-1] == "resume=null" or "--config-path" in arguments:
         return arguments
-    folder = Path(resumed[-1].partition("=")[2]).resolve()
+    folder = Path(resumed[-1].partition("=")[2].strip("'\"")).resolve()
     if not (folder / "checkpoints" / "last.ckpt").is_file() or not (folder / ".hydra" / "config.yaml").is_file():
         raise ConfigError(
             f"Expected resume to be a run folder with .hydra/config.yaml and checkpoints/last.ckpt, got {folder}. "
@@ -166,15 +177,27 @@ def _resumed(arguments: list[str]) -> list[str]:
             f"Expected single values to change when a run is resumed, such as trainer.max_epochs=200, got {groups[0]}. "
             "Leave it out, or start a new run."
         )
+    fixed = [argument for argument in others if argument.lstrip("+~").split("=")[0].split(".")[0] in FIXED_BY_A_RUN]
+    if fixed:
+        raise ConfigError(
+            f"Expected options that a checkpoint does not fix, such as trainer.max_epochs=200, got {fixed[0]}. "
+            "Leave it out, or start a new run."
+        )
     if {"-m", "--multirun"} & set(others):
         raise ConfigError("Expected resume to continue one run, got it with --multirun. Leave out -m.")
     saved = ["--config-path", str(folder / ".hydra"), "--config-name", "config"]
-    return [*saved, *others, f"resume={folder}", f"hydra.run.dir={folder}"]
+    # The saved configuration is rewritten only when the checkpoint has been found to fit it.
+    kept = [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null", "hydra.job.name=train"]
+    return [*saved, *others, f"resume='{folder}'", *kept]
 
 
 def _is_choice(argument: str, groups: dict[str, list[str]]) -> bool:
     group, _, option = argument.partition("=")
-    return option in groups.get(group, ())
+    return group in groups and all(item in groups[group] for item in _items(option))
+
+
+def _items(value: str) -> list[str]:
+    return [item for item in re.split(r"[\[\],'\" ]+", value) if item]
 
 
 def _unknown(argument: str, groups: dict[str, list[str]], chosen: Sequence[str], config_name: str) -> str | None:
@@ -184,11 +207,11 @@ def _unknown(argument: str, groups: dict[str, list[str]], chosen: Sequence[str],
         return None
     key, value = match.group(1).split("@")[0], match.group(2)
     if key in groups:
-        values = [item.strip("'\"[] ") for item in value.split(",")]
-        wrong = [item for item in values if item and item not in (*groups[key], "null")]
+        known = (*groups[key], "null") if key in ("experiment", "debug") else groups[key]
+        wrong = [item for item in _items(value) if item not in known]
         return _expected(f"{key} to be one of", wrong[0], groups[key], f"{key}=") if wrong else None
     keys = _keys(config_name, chosen)
-    if key in keys or argument.startswith(("+", "~")):
+    if not keys or key in keys or argument.startswith(("+", "~")):
         return None
     names = sorted({*keys, *groups})
     return _expected("an option that exists, such as", key, _closest(key, names, 5), "", "=" + value)
@@ -225,7 +248,11 @@ def _keys(config_name: str, chosen: Sequence[str]) -> set[str]:
     """Return all keys of the configuration with these choices of options, dotted."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return set(_dotted(OmegaConf.to_container(compose(config_name, list(chosen)), resolve=False)))
+        try:
+            config = compose(config_name, list(chosen))
+        except HydraException:  # choices that exclude each other: Hydra's own words say it
+            return set()
+    return set(_dotted(OmegaConf.to_container(config, resolve=False)))
 
 
 def _dotted(node: Any, prefix: str = "") -> list[str]:

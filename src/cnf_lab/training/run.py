@@ -5,7 +5,6 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from cnf_lab.errors import ConfigError, DataError
@@ -26,6 +26,11 @@ PACKAGES = ("cnf_lab", "torch", "pytorch-lightning", "torchdiffeq", "hydra-core"
 def save_config(config: DictConfig, folder: Path) -> None:
     """Write the configuration with every interpolation resolved."""
     folder.mkdir(parents=True, exist_ok=True)
+    if config.resume is not None:  # what the next resumption starts from
+        again = config.copy()
+        again.resume = None
+        (folder / ".hydra").mkdir(exist_ok=True)
+        OmegaConf.save(again, folder / ".hydra" / "config.yaml")
     (folder / "config_resolved.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
 
@@ -38,7 +43,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def environment() -> dict[str, Any]:
     """Return what a number depends on besides data and configuration."""
     return {
-        "command": f"python -m cnf_lab.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}".strip(),
+        "command": _command(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "python": platform.python_version(),
@@ -47,13 +52,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def require_run(run: str | None) -> Path:
+def require_run(run: Any) -> Path:
     """Return the path of ``run=``, or say that it is missing."""
     if not run:
         raise ConfigError(
             "Expected a run folder or a checkpoint file, got none. Type run=outputs/<model>/<data set>/<time>."
         )
-    return Path(run)
+    return Path(str(run))
 
 
 def run_folder(path: Path) -> Path:
@@ -136,8 +141,47 @@ def restore_flow(path: str | Path) -> tuple[Flow, dict[str, Any]]:
     flow = build_flow(OmegaConf.create(rebuild["config"]), rebuild["event_shape"], rebuild["context_features"])
     prefix = "flow."
     state = {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
-    flow.load_state_dict(state)
+    precision = next(value.dtype for key, value in state.items() if "field" in key and value.is_floating_point())
+    load_state(flow.to(precision), state, Path(path))
     return flow.eval().requires_grad_(False), rebuild
+
+
+def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
+    """Load weights into a module.
+
+    Args:
+        module: The module.
+        state: The weights by name.
+        path: Where they come from, for the message.
+
+    Raises:
+        DataError: If they are not those of the module.
+    """
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as failure:
+        raise DataError(
+            f"Expected the weights of this configuration in {path}, got others: "
+            f"{' '.join(str(failure).split())[:200]}. Choose another run, or the configuration that made it."
+        ) from failure
+
+
+def check_same_rows(found: dict[str, int], trained: dict[str, int], name: str) -> None:
+    """Refuse data whose splits are not those of the training: rows would change sides.
+
+    Args:
+        found: Rows of each split now.
+        trained: Rows of each split in training.
+        name: The data set.
+
+    Raises:
+        DataError: If a number of rows differs.
+    """
+    if found != trained:
+        raise DataError(
+            f"Expected {name} to have the rows of the training, {trained}, got {found}. "
+            "Put the file of the training back; other rows are evaluated with data=<file>."
+        )
 
 
 def _finite(value: Any) -> Any:
@@ -148,6 +192,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not (abs(value) < float("inf")):
         return None
     return value
+
+
+def _command() -> str | None:
+    # As Hydra understood it: in a multirun the job's own choices.
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get()
+    return f"python -m cnf_lab.{hydra.job.name} {shlex.join(hydra.overrides.task)}".strip()
 
 
 def _version(package: str) -> str | None:

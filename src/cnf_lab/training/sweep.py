@@ -40,7 +40,8 @@ class SweepSummary(Callback):
 
 
 def _job_number(folder: Path) -> int:
-    return int(folder.name.split("_")[0])
+    number = folder.name.split("_")[0]
+    return int(number) if number.isdigit() else 0
 
 
 def _row(job: Path, overrides: str) -> dict[str, str]:

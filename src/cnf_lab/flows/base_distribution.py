@@ -1,4 +1,4 @@
-"""Densities at the latent end."""
+"""Base distributions, at the latent end."""
 
 import math
 

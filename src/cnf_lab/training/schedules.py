@@ -1,0 +1,36 @@
+"""Learning-rate schedules that torch's own do not cover."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from cnf_lab.errors import ConfigError
+
+
+def cosine(optimizer: Optimizer, epochs: int, floor: float = 0.0) -> LambdaLR:
+    r"""Half a cosine from the optimiser's rate down to a share of it, and no further.
+
+    .. math:: \eta_e = \eta_0 \big(f + (1 - f)\tfrac12 (1 + \cos(\pi \min(e / E, 1)))\big).
+
+    torch's own schedule rises again after E epochs, and keeps the E of a checkpoint when a run
+    is resumed for longer.
+
+    Args:
+        optimizer: The optimiser.
+        epochs: Number E of epochs.
+        floor: Share f of the rate at the end.
+
+    Raises:
+        ConfigError: If the number of epochs is not known.
+    """
+    if epochs < 1:
+        raise ConfigError(
+            f"Expected trainer.max_epochs of at least 1 with schedule=cosine, got {epochs}. "
+            "Type trainer.max_epochs=100."
+        )
+
+    def share(epoch: int) -> float:
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
+
+    return LambdaLR(optimizer, share)
