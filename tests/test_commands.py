@@ -182,6 +182,8 @@ def test_sample_mistakes(overrides: list[str], message: str, trained: Path, lab_
 def test_evaluate_mistakes(trained: Path, lab_config: ComposeConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Expected a run folder or a checkpoint file, got none"):
         evaluate(lab_config(command="evaluate"))
+    with pytest.raises(ConfigError, match="Expected method to be one of dopri5,.*got rk4"):
+        evaluate(lab_config(f"run={trained / 'run'}", "method=rk4", command="evaluate"))
     for option in ("batch_size=0", "limit=0", "atol=abc", "chunk=0"):
         with pytest.raises(ConfigError, match=f"Expected {option.split('=')[0]} to be a"):
             evaluate(lab_config(f"run={trained / 'run'}", option, command="evaluate"))

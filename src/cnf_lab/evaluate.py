@@ -17,13 +17,14 @@ from cnf_lab.data.custom import read_rows
 from cnf_lab.errors import ConfigError
 from cnf_lab.flows import Flow
 from cnf_lab.metrics import MeanWithError
-from cnf_lab.ode import SolveStats, TorchdiffeqSolver
+from cnf_lab.ode import SolveStats
 from cnf_lab.trace import Exact
 from cnf_lab.training.build import build_data
 from cnf_lab.training.command import check_number, run_command
 from cnf_lab.training.run import (
     check_same_rows,
     choose_device,
+    converged_solver,
     environment,
     require_run,
     restore_flow,
@@ -57,7 +58,7 @@ def evaluate(config: DictConfig) -> float:
     flow, rebuild = restore_flow(run)
     if config.precision not in PRECISIONS:
         raise ConfigError(f"Expected precision float64 or float32, got {config.precision}. Type precision=float64.")
-    solver = TorchdiffeqSolver(config.method, config.atol, config.rtol, error_norm="example")
+    solver = converged_solver(config.method, config.atol, config.rtol)
     flow.set_evaluation(solver, Exact(config.chunk))
     flow.to(choose_device(config.device), PRECISIONS[config.precision])
 

@@ -12,11 +12,10 @@ from tqdm import tqdm
 from cnf_lab.data.custom import read_rows
 from cnf_lab.errors import ConfigError
 from cnf_lab.flows import Flow
-from cnf_lab.ode import TorchdiffeqSolver
 from cnf_lab.trace import Exact
 from cnf_lab.training.command import check_number, run_command
 from cnf_lab.training.plots import sample_plot
-from cnf_lab.training.run import choose_device, require_run, restore_flow, run_folder
+from cnf_lab.training.run import choose_device, converged_solver, require_run, restore_flow, run_folder
 
 log = logging.getLogger("cnf_lab")
 NUMBERS = (
@@ -44,7 +43,7 @@ def sample(config: DictConfig) -> None:
             f"Expected output to end in .npy or .csv, got {path}. Type output={path.with_suffix('.npy')}."
         )
     device = choose_device(config.device)
-    flow.set_evaluation(TorchdiffeqSolver(config.method, config.atol, config.rtol, error_norm="example"), Exact())
+    flow.set_evaluation(converged_solver(config.method, config.atol, config.rtol), Exact())
     flow.to(device, torch.float64)
 
     context = open_context(config, flow, rebuild["data"]["context_names"])

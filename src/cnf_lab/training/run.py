@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnf_lab.errors import ConfigError, DataError
 from cnf_lab.flows import Flow
+from cnf_lab.ode import ADAPTIVE, TorchdiffeqSolver
 from cnf_lab.training.build import build_flow, plain
 
 CHECKPOINTS = ("best.ckpt", "last.ckpt")
@@ -82,6 +83,22 @@ def choose_device(name: str) -> torch.device:
             f"Expected device to be auto, cpu, or cuda where there is a GPU, got {name}. Type device=auto."
         )
     return torch.device(name)
+
+
+def converged_solver(method: str, atol: float, rtol: float) -> TorchdiffeqSolver:
+    """Return an adaptive solver that holds every row to the tolerance.
+
+    Args:
+        method: An adaptive method.
+        atol: Absolute local error bound.
+        rtol: Relative local error bound.
+
+    Raises:
+        ConfigError: If the method has no error control.
+    """
+    if method not in ADAPTIVE:
+        raise ConfigError(f"Expected method to be one of {', '.join(ADAPTIVE)}, got {method}. Type method=dopri5.")
+    return TorchdiffeqSolver(method, atol, rtol, error_norm="example")
 
 
 def find_checkpoint(path: str | Path) -> Path:
