@@ -76,6 +76,7 @@ def test_mistakes_end_in_one_line(
     assert lines[0].startswith("error: ")
     assert expected in lines[0]
     assert advice in lines[0]
+    assert getattr(sys.modules.get("wandb"), "run", None) is None, "a live wandb run would swallow the next job"
 
 
 def test_options_are_judged_by_the_chosen_data_set() -> None:

@@ -62,13 +62,12 @@ def train(config: DictConfig) -> float:
     else:
         check_resumable(module, data, last)
     save_config(config, folder)
-    trainer = build_trainer(config)
-    tracking.log_config(trainer.loggers, plain(config))
-    if trainer.is_global_zero:
-        announce(config, data, flow, folder)
-
     failed = True
     try:
+        trainer = build_trainer(config)
+        tracking.log_config(trainer.loggers, plain(config))
+        if trainer.is_global_zero:
+            announce(config, data, flow, folder)
         started = time.monotonic()
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
         metrics = {**numbers(trainer), "time/fit_seconds": time.monotonic() - started}
@@ -78,7 +77,7 @@ def train(config: DictConfig) -> float:
             metrics |= numbers(trainer)
         failed = False
     finally:
-        tracking.finish(trainer.loggers, failed)
+        tracking.finish(failed)
     if trainer.is_global_zero:
         report(config, data, metrics, folder)
     return metrics.get(module.monitor, math.inf)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,11 +120,10 @@ def log_figure(loggers: Sequence[Logger], name: str, figure: "Figure", step: int
             logger.log_image(key=name, images=[wandb.Image(figure)], step=step)
 
 
-def finish(loggers: Sequence[Logger], failed: bool) -> None:
-    """End the wandb runs of a job: a live one would swallow the next job of a multirun."""
-    if any(isinstance(logger, WandbLogger) for logger in loggers) and _is_first_process():
-        import wandb
-
+def finish(failed: bool) -> None:
+    """End the wandb run of a job, if there is one: a live run would swallow the next job of a multirun."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
         wandb.finish(exit_code=int(failed))
 
 
