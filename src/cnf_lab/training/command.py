@@ -134,7 +134,8 @@ def explain(error: BaseException, arguments: Sequence[str], config_name: str) ->
         error = error.__cause__
     if isinstance(error, LabError):
         return " ".join(str(error).split())
-    if "--config-path" in arguments:  # a resumed run: the keys are those of its own configuration
+    # A resumed run, or options of the user's own: what exists is not what stands in the lab's folder.
+    if any(argument.startswith("--config-") or argument in ("-cp", "-cd") for argument in arguments):
         return " ".join(f"{error} {error.__cause__ or ''}".split())
     groups = _groups() if config_name == "train" else {}
     chosen = [argument for argument in arguments if _is_choice(argument, groups)]
