@@ -5,7 +5,6 @@ needs of another (the event shape, for example), checks that the parts fit toget
 errors that name the option instead of a chain of exceptions.
 """
 
-import copy
 import difflib
 import inspect
 import sys
@@ -212,9 +211,7 @@ def _training_rows(data: FlowDataModule) -> Iterator[tuple[Tensor, Tensor | None
 
 def _without(config: DictConfig, *keys: str) -> dict[str, Any]:
     # Interpolations are resolved first: they may point at the keys left out.
-    container = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): copy.copy(value) for key, value in container.items() if key not in keys}
+    return {key: value for key, value in plain(config).items() if key not in keys}
 
 
 def _root(error: BaseException) -> BaseException:
