@@ -37,6 +37,7 @@ NUMBERS = (
     ("batch_size", int, 1, "2000"),
     ("atol", float, 0, "1e-7"),
     ("rtol", float, 0, "1e-7"),
+    ("memory", float, 0, "1.0"),
 )
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
@@ -59,7 +60,7 @@ def evaluate(config: DictConfig) -> float:
     if config.precision not in PRECISIONS:
         raise ConfigError(f"Expected precision float64 or float32, got {config.precision}. Type precision=float64.")
     solver = converged_solver(config.method, config.atol, config.rtol)
-    flow.set_evaluation(solver, Exact(config.chunk))
+    flow.set_evaluation(solver, Exact(config.memory, config.chunk))
     flow.to(choose_device(config.device), PRECISIONS[config.precision])
 
     name, rows, notes = open_rows(config, rebuild)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from cnf_lab.fields import Blend, ConcatSquash, Hyper, Mlp, Tanh
 from cnf_lab.fields.spectral import SpectralNorm, iterate_spectral_norms
 from cnf_lab.flows import ContinuousFlow
-from cnf_lab.ode import TorchdiffeqSolver
+from cnf_lab.ode import RungeKuttaSolver
 from cnf_lab.trace import Exact
 
 T = torch.tensor(0.3)
@@ -31,7 +31,7 @@ def field():
 
 @pytest.fixture
 def flow(field):
-    return ContinuousFlow(field, TorchdiffeqSolver("dopri5"), Exact())
+    return ContinuousFlow(field, RungeKuttaSolver("dopri5"), Exact())
 
 
 def test_largest_singular_value_is_one(field):

@@ -8,15 +8,15 @@ from torch.distributions import MultivariateNormal, Normal
 
 from cnf_lab.fields import Blend, ConcatSquash, Identity, Ignore, Mlp, Softplus, Squash
 from cnf_lab.flows import Chain, ContinuousFlow, Flow, StandardNormal
-from cnf_lab.ode import TorchdiffeqSolver
+from cnf_lab.ode import RungeKuttaSolver
 from cnf_lab.trace import Exact
 
 MATRIX = torch.tensor([[-0.4, 1.3, 0.2], [-1.1, 0.7, 0.6], [0.5, -0.7, -0.2]], dtype=torch.float64)
 OFFSET = torch.tensor([0.3, -0.8, 0.5], dtype=torch.float64)
 SOLVERS = {
-    "dopri5": TorchdiffeqSolver("dopri5", 1e-9, 1e-9, error_norm="example"),
-    "dopri8": TorchdiffeqSolver("dopri8", 1e-9, 1e-9),
-    "rk4": TorchdiffeqSolver("rk4", steps=80),
+    "dopri5": RungeKuttaSolver("dopri5", 1e-9, 1e-9, error_norm="example"),
+    "dopri8": RungeKuttaSolver("dopri8", 1e-9, 1e-9),
+    "rk4": RungeKuttaSolver("rk4", steps=80),
 }
 
 
@@ -116,7 +116,7 @@ def test_two_blocks_agree_with_the_original(reference, load_original):
         field = Mlp((3,), [8, 8], ConcatSquash, Softplus)
         load_original(field.stack, case, f"w/chain/{index}/odefunc/diffeq/")
         end_time = float(case[f"w/chain/{index}/sqrt_end_time"].square())
-        blocks.append(ContinuousFlow(field, TorchdiffeqSolver("dopri5", 1e-11, 1e-11), Exact(), end_time=end_time))
+        blocks.append(ContinuousFlow(field, RungeKuttaSolver("dopri5", 1e-11, 1e-11), Exact(), end_time=end_time))
     flow = Flow(Chain(blocks), StandardNormal((3,))).double().eval()
     mapped = flow.pull_back(case["x"])
     torch.testing.assert_close(mapped.value, case["z"], rtol=0, atol=1e-8)
@@ -127,7 +127,7 @@ def test_two_blocks_agree_with_the_original(reference, load_original):
 @pytest.mark.parametrize("gradient", ["direct", "adjoint"])
 @pytest.mark.parametrize("end_time", [0.6, 1.7])
 def test_trained_end_time_has_the_gradient_of_a_linear_field(x, gradient, end_time):
-    solver = TorchdiffeqSolver("dopri5", 1e-10, 1e-10, gradient=gradient)
+    solver = RungeKuttaSolver("dopri5", 1e-10, 1e-10, gradient=gradient)
     flow = flow_of(linear_layers(Ignore, MATRIX), solver, end_time=end_time, train_end_time=True)
     flow.log_prob(x).sum().backward()
     z = x @ torch.linalg.matrix_exp(end_time * MATRIX).mT

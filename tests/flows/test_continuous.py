@@ -21,11 +21,11 @@ from cnf_lab.fields import (
     Tanh,
     VectorField,
 )
-from cnf_lab.flows import Chain, ContinuousFlow, Flow, MovingBatchNorm, StandardNormal
-from cnf_lab.ode import TorchdiffeqSolver
+from cnf_lab.flows import Chain, ContinuousFlow, Flow, Integrand, MovingBatchNorm, StandardNormal
+from cnf_lab.ode import RungeKuttaSolver
 from cnf_lab.trace import Exact, Gaussian, Hutchinson, Rademacher
 
-TIGHT = TorchdiffeqSolver("dopri5", 1e-9, 1e-9)
+TIGHT = RungeKuttaSolver("dopri5", 1e-9, 1e-9)
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def scaling(rate):
 @pytest.mark.parametrize(
     ("solver", "evaluations"),
     [
-        pytest.param(TorchdiffeqSolver("rk4", steps=8), 32, id="steps"),
-        pytest.param(TorchdiffeqSolver("rk4", options={"step_size": 0.125}), 32, id="step_size"),
+        pytest.param(RungeKuttaSolver("rk4", steps=8), 32, id="steps"),
+        pytest.param(RungeKuttaSolver("rk4", options={"step_size": 0.125}), 32, id="step_size"),
         pytest.param(
-            TorchdiffeqSolver("dopri5", 1e3, 1e3, options={"first_step": 0.25, "ifactor": 1.0}),
+            RungeKuttaSolver("dopri5", 1e3, 1e3, options={"first_step": 0.25, "ifactor": 1.0}),
             25,
             id="dopri5",
         ),
@@ -67,7 +67,7 @@ def test_options_of_the_solver_are_honoured_in_both_modes(field, x, training, di
 
 
 def test_both_modes_give_the_same_numbers_by_default(field, x):
-    flow = ContinuousFlow(field, TorchdiffeqSolver("rk4", steps=5), Exact())
+    flow = ContinuousFlow(field, RungeKuttaSolver("rk4", steps=5), Exact())
     trained, evaluated = flow.train().pull_back(x), flow.eval().pull_back(x)
     assert trained.value.equal(evaluated.value)
     assert trained.log_det.equal(evaluated.log_det)
@@ -75,8 +75,8 @@ def test_both_modes_give_the_same_numbers_by_default(field, x):
 
 @pytest.mark.parametrize("set_later", [False, True], ids=["constructed", "set-later"])
 def test_evaluation_mode_has_its_own_solver_and_divergence(field, x, set_later):
-    training = (TorchdiffeqSolver("euler", steps=4), Hutchinson(Rademacher()))
-    evaluation = (TorchdiffeqSolver("rk4", steps=6), Exact())
+    training = (RungeKuttaSolver("euler", steps=4), Hutchinson(Rademacher()))
+    evaluation = (RungeKuttaSolver("rk4", steps=6), Exact())
     block = ContinuousFlow(field, *training, *(() if set_later else evaluation))
     flow = Flow(Chain([MovingBatchNorm((3,)), Chain([block])]), StandardNormal((3,))).double()
     if set_later:
@@ -91,7 +91,7 @@ def test_evaluation_mode_has_its_own_solver_and_divergence(field, x, set_later):
 
 @pytest.mark.parametrize("gradient", ["direct", "adjoint"])
 def test_trained_end_time_has_the_gradient_of_finite_differences(field, x, gradient):
-    solver = TorchdiffeqSolver("dopri5", 1e-10, 1e-10, gradient=gradient)
+    solver = RungeKuttaSolver("dopri5", 1e-10, 1e-10, gradient=gradient)
     flow = ContinuousFlow(field, solver, Exact(), end_time=0.8, train_end_time=True).double()
 
     def loss():
@@ -128,13 +128,21 @@ def test_field_sees_times_from_0_to_the_end_time(x, trained):
     field = Clock((3,), 4, 1, Tanh, 1).double()
     flow = ContinuousFlow(
         field,
-        TorchdiffeqSolver("rk4", steps=3),
+        RungeKuttaSolver("rk4", steps=3),
         Hutchinson(Rademacher()),
         end_time=2.5,
         train_end_time=trained,
     )
     flow.push_forward(x, with_log_det=False)
     assert (min(times), max(times)) == pytest.approx((0, 2.5), abs=1e-6)
+
+
+class Along(Integrand):
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, t, x, found):
+        return self.function(t, found)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fixed-T", "trained-T"])
@@ -145,9 +153,9 @@ def test_integrals_along_the_way(trained, end_time):
     block = partial(ContinuousFlow, solver=TIGHT, divergence=Exact(), end_time=end_time, train_end_time=trained)
     chain = Chain([MovingBatchNorm((1,)), block(scaling(rate)), block(scaling(rate))]).double().eval()
     integrands = (
-        lambda t, x, dx, div: dx.square().sum(dim=1),
-        lambda t, x, dx, div: div,
-        lambda t, x, dx, div: t.expand(len(x)),
+        Along(lambda t, found: found.value.square().sum(dim=1)),
+        Along(lambda t, found: found.div),
+        Along(lambda t, found: t.expand(len(found.value))),
     )
     start = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
     x = chain.transforms[0].push_forward(start).value
@@ -165,7 +173,7 @@ def test_integrals_along_the_way(trained, end_time):
 
 def test_sampling_does_not_evaluate_the_divergence(field, x, monkeypatch):
     flow = ContinuousFlow(field, TIGHT, Hutchinson(Rademacher()))
-    monkeypatch.setattr(Hutchinson, "value_and_divergence", None)
+    monkeypatch.setattr(Hutchinson, "linearise", None)
     monkeypatch.setattr(Hutchinson, "start", None)
     assert flow.push_forward(x, with_log_det=False).log_det.equal(x.new_zeros(4))
 
@@ -191,7 +199,7 @@ class Whirl(VectorField):
 @torch.no_grad()
 def test_log_density_does_not_depend_on_the_other_rows():
     def log_prob(rows, tolerance, error_norm):
-        solver = TorchdiffeqSolver("dopri5", tolerance, tolerance, error_norm=error_norm)
+        solver = RungeKuttaSolver("dopri5", tolerance, tolerance, error_norm=error_norm)
         return Flow(ContinuousFlow(Whirl((2,)), solver, Exact()), StandardNormal((2,))).eval().log_prob(rows)
 
     near, far = (
@@ -214,7 +222,7 @@ def test_log_density_does_not_depend_on_the_other_rows():
     ids=["closed", "forward", "hutchinson"],
 )
 def test_gradients_reach_data_context_and_amortiser(randomise, x, gradient, trace):
-    solver = TorchdiffeqSolver("dopri5", 1e-9, 1e-9, gradient=gradient)
+    solver = RungeKuttaSolver("dopri5", 1e-9, 1e-9, gradient=gradient)
     field = randomise(Mlp((3,), [6, 5], ConcatSquash, Tanh, context_features=2))
     flow = ContinuousFlow(field, solver, trace, amortiser=randomise(nn.Linear(4, 2)))
     context = torch.randn(4, 4, dtype=torch.float64)
@@ -239,7 +247,7 @@ def test_gradients_reach_data_context_and_amortiser(randomise, x, gradient, trac
 
 
 def test_adjoint_without_anything_to_train(x):
-    flow = ContinuousFlow(scaling(0.5), TorchdiffeqSolver("dopri5", 1e-8, 1e-8, gradient="adjoint"), Exact())
+    flow = ContinuousFlow(scaling(0.5), RungeKuttaSolver("dopri5", 1e-8, 1e-8, gradient="adjoint"), Exact())
     for parameter in flow.parameters():
         parameter.requires_grad_(False)
     start = x[:, :1].clone().requires_grad_()
@@ -248,7 +256,7 @@ def test_adjoint_without_anything_to_train(x):
 
 
 def test_a_failed_solve_is_a_solver_error(x):
-    flow = ContinuousFlow(scaling(1e6), TorchdiffeqSolver("dopri5", options={"max_num_steps": 50}), Exact())
+    flow = ContinuousFlow(scaling(1e6), RungeKuttaSolver("dopri5", options={"max_num_steps": 50}), Exact())
     with pytest.raises(SolverError, match=r"failed at t = .*max_num_steps exceeded"):
         flow.pull_back(x[:, :1])
 
@@ -299,7 +307,7 @@ def test_blend_is_confined_to_unit_time(options):
 @pytest.mark.parametrize("trace", [Exact(), Hutchinson(Rademacher())], ids=["exact", "hutchinson"])
 @torch.no_grad()
 def test_low_precision_is_left_to_the_field(make, trace):
-    solver = TorchdiffeqSolver("dopri5", 1e-3, 1e-3)
+    solver = RungeKuttaSolver("dopri5", 1e-3, 1e-3)
     field = make()
     for parameter in field.parameters():
         if not parameter.any():
@@ -324,9 +332,7 @@ def test_low_precision_is_left_to_the_field(make, trace):
 
 def test_evaluation_keeps_full_precision():
     """At an evaluation's tolerance a low-precision field would chase its own round-off."""
-    flow = Flow(
-        ContinuousFlow(Mlp((3,), [8], Concat, Tanh), TorchdiffeqSolver("dopri5"), Exact()), StandardNormal((3,))
-    )
+    flow = Flow(ContinuousFlow(Mlp((3,), [8], Concat, Tanh), RungeKuttaSolver("dopri5"), Exact()), StandardNormal((3,)))
     x = torch.randn(5, 3)
     expected = flow.eval().log_prob(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -335,7 +341,7 @@ def test_evaluation_keeps_full_precision():
 
 @pytest.mark.parametrize("gradient", ["direct", "adjoint"])
 def test_low_precision_trains(gradient):
-    solver = TorchdiffeqSolver("dopri5", 1e-3, 1e-3, gradient=gradient)
+    solver = RungeKuttaSolver("dopri5", 1e-3, 1e-3, gradient=gradient)
     flow = Flow(ContinuousFlow(Mlp((3,), [32, 32], ConcatSquash, Tanh), solver, Exact()), StandardNormal((3,)))
     x = torch.randn(50, 3)
     gradients = []
@@ -349,7 +355,7 @@ def test_low_precision_trains(gradient):
 
 def test_low_precision_leaves_the_singular_vectors_alone():
     field = Mlp((3,), [8, 8], ConcatSquash, Tanh, spectral_norm=True)
-    flow = ContinuousFlow(field, TorchdiffeqSolver("dopri5", 1e-3, 1e-3), Exact()).train()
+    flow = ContinuousFlow(field, RungeKuttaSolver("dopri5", 1e-3, 1e-3), Exact()).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         flow.pull_back(torch.randn(5, 3))
     assert all(buffer.dtype == torch.float32 for buffer in flow.buffers())

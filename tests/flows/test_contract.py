@@ -20,11 +20,11 @@ from cnf_lab.flows import (
     Transform,
     Whiten,
 )
-from cnf_lab.ode import TorchdiffeqSolver
+from cnf_lab.ode import RungeKuttaSolver
 from cnf_lab.trace import Exact
 
 TOLERANCE = 1e-5
-SOLVER = TorchdiffeqSolver("dopri5", TOLERANCE, TOLERANCE, error_norm="example")
+SOLVER = RungeKuttaSolver("dopri5", TOLERANCE, TOLERANCE, error_norm="example")
 
 
 class Convolution(VectorField):

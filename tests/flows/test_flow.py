@@ -22,10 +22,10 @@ from cnf_lab.flows import (
     Whiten,
     density_flow,
 )
-from cnf_lab.ode import TorchdiffeqSolver
+from cnf_lab.ode import RungeKuttaSolver
 from cnf_lab.trace import Exact, Hutchinson, Rademacher
 
-SOLVER = TorchdiffeqSolver("dopri5", 1e-6, 1e-6, error_norm="example")
+SOLVER = RungeKuttaSolver("dopri5", 1e-6, 1e-6, error_norm="example")
 
 
 def field(event_shape, context_features=0):
@@ -182,8 +182,8 @@ def build(**options):
         "event_shape": (3,),
         "context_features": 0,
         "field": field,
-        "solver": TorchdiffeqSolver("euler", steps=2),
-        "evaluation_solver": TorchdiffeqSolver("euler", steps=5),
+        "solver": RungeKuttaSolver("euler", steps=2),
+        "evaluation_solver": RungeKuttaSolver("euler", steps=5),
         "divergence": Hutchinson(Rademacher()),
         "evaluation_divergence": Exact(),
         "preprocess": Standardise,

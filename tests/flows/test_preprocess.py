@@ -21,7 +21,7 @@ from cnf_lab.flows import (
     Whiten,
 )
 from cnf_lab.flows.preprocess import moments
-from cnf_lab.ode import TorchdiffeqSolver
+from cnf_lab.ode import RungeKuttaSolver
 from cnf_lab.trace import Exact
 
 FITTED = [Standardise, Whiten]
@@ -164,7 +164,7 @@ def test_no_preprocess_hands_on_in_the_flows_dtype(rows, dtype):
 def test_the_flow_has_the_dtype_of_its_weights_whatever_the_datas(rows, kind, precision):
     layer = kind((3,))
     layer.fit([rows])
-    block = ContinuousFlow(Mlp((3,), [4], Concat, Tanh), TorchdiffeqSolver("dopri5", 1e-6, 1e-6), Exact())
+    block = ContinuousFlow(Mlp((3,), [4], Concat, Tanh), RungeKuttaSolver("dopri5", 1e-6, 1e-6), Exact())
     flow = Flow(Chain([layer, block]), StandardNormal((3,))).to(precision).eval()
     reference = None
     for data in (rows[:5], rows[:5].float()):

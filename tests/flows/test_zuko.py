@@ -6,7 +6,7 @@ from torch import nn
 
 from cnf_lab.fields import Concat, ConcatSquash, Mlp, Softplus, Tanh, VectorField
 from cnf_lab.flows import ContinuousFlow, Flow, StandardNormal
-from cnf_lab.ode import TorchdiffeqSolver
+from cnf_lab.ode import RungeKuttaSolver
 from cnf_lab.trace import Exact
 
 zuko = pytest.importorskip("zuko")
@@ -26,7 +26,7 @@ class ZukoField(VectorField):
 
 
 def flow_of(field, context_features=0, **options):
-    transform = ContinuousFlow(field, TorchdiffeqSolver("dopri5", **TIGHT), Exact(), **options)
+    transform = ContinuousFlow(field, RungeKuttaSolver("dopri5", **TIGHT), Exact(), **options)
     return Flow(transform, StandardNormal(field.event_shape), context_features).double().eval()
 
 

@@ -12,14 +12,14 @@ from cnf_lab.fields import Concat, Mlp, Tanh
 from cnf_lab.flows import Chain, ContinuousFlow, Flow, StandardNormal
 from cnf_lab.models import DensityModule
 from cnf_lab.objectives import Likelihood
-from cnf_lab.ode import TorchdiffeqSolver
+from cnf_lab.ode import RungeKuttaSolver
 from cnf_lab.trace import Exact
 from cnf_lab.training.command import config_folder
 
 
 def module(seed: int = 0) -> DensityModule:
     flow = Flow(
-        Chain([ContinuousFlow(Mlp((2,), [3], Concat, Tanh), TorchdiffeqSolver("dopri5"), Exact())]),
+        Chain([ContinuousFlow(Mlp((2,), [3], Concat, Tanh), RungeKuttaSolver("dopri5"), Exact())]),
         StandardNormal((2,)),
     )
     parts = {"flow": flow, "objective": Likelihood(), "optimiser": torch.optim.Adam, "schedule": None}

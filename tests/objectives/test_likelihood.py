@@ -9,10 +9,10 @@ from torch import Tensor
 from cnf_lab.fields import Concat, Mlp, Tanh, VectorField
 from cnf_lab.flows import Chain, ContinuousFlow, Flow, NoPreprocess, StandardNormal
 from cnf_lab.objectives import KineticEnergy, Likelihood, Regulariser
-from cnf_lab.ode import TorchdiffeqSolver
-from cnf_lab.trace import Exact
+from cnf_lab.ode import RungeKuttaSolver
+from cnf_lab.trace import Exact, Linearised
 
-TIGHT = TorchdiffeqSolver("dopri5", atol=1e-10, rtol=1e-10)
+TIGHT = RungeKuttaSolver("dopri5", atol=1e-10, rtol=1e-10)
 
 
 class Decay(VectorField):
@@ -46,7 +46,7 @@ def test_kinetic_energy_of_a_known_path(blocks: int) -> None:
 
 def test_a_penalty_does_not_steer_the_steps() -> None:
     class Huge(Regulariser):
-        def __call__(self, t: Tensor, x: Tensor, velocity: Tensor, div: Tensor) -> Tensor:
+        def __call__(self, t: Tensor, x: Tensor, found: Linearised) -> Tensor:
             return 1e9 * torch.sin(1e3 * t) * x[:, 0]
 
     flow, x = density(Mlp((2,), [5], Concat, Tanh)), torch.randn(6, 2, dtype=torch.float64)

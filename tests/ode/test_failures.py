@@ -112,7 +112,9 @@ def test_failed_backward_solve():
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     tight = {"adjoint_atol": 1e-14, "adjoint_rtol": 1e-14}
     solver = TorchdiffeqSolver("dopri5", gradient="adjoint", options={"max_num_steps": 40}, **tight)
-    (x, _), _ = solver.solve(rhs(lambda t, x: torch.sin(weight * x)), (START, START.new_zeros(2)), 0.0, 1.0, (weight,))
+    (x, _), _ = solver.solve(
+        rhs(lambda t, x: torch.sin(weight * x)), (START, START.new_zeros(2)), 0.0, 1.0, parameters=(weight,)
+    )
     message = r"The backward solve of the adjoint failed: max_num_steps exceeded .*\. Type solver\.gradient=direct"
     with pytest.raises(SolverError, match=message), backward_failures():
         x.sum().backward()

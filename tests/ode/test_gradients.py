@@ -24,7 +24,7 @@ class System(nn.Module):
 
     def gradients(self, solver, x):
         parameters = (*self.parameters(), self.context)
-        (z, log_det), stats = solver.solve(self, (x, x.new_zeros(len(x))), 0.0, 1.0, parameters)
+        (z, log_det), stats = solver.solve(self, (x, x.new_zeros(len(x))), 0.0, 1.0, parameters=parameters)
         loss = (z.square().sum(dim=1) - log_det).mean()
         return torch.autograd.grad(loss, (x, *parameters), allow_unused=True, materialize_grads=True), stats
 
@@ -113,7 +113,7 @@ def test_direct_gradient_evaluates_nothing_again(system, x, method):
 def test_adjoint_without_a_gradient_is_a_plain_solve(system, x):
     solver = TorchdiffeqSolver("dopri5", gradient="adjoint")
     with torch.no_grad():
-        (z, _), stats = solver.solve(system, (x, x.new_zeros(4)), 0.0, 1.0, tuple(system.parameters()))
+        (z, _), stats = solver.solve(system, (x, x.new_zeros(4)), 0.0, 1.0, parameters=tuple(system.parameters()))
     assert not z.requires_grad
     assert stats.nfe_backward == 0
 
@@ -129,7 +129,7 @@ def test_choice_of_the_steps_carries_no_gradient(system, x, error_norm):
 
     solver = TorchdiffeqSolver("dopri5", 1e-5, 1e-5, error_norm=error_norm)
     parameters = tuple(system.parameters())
-    _, stats = solver.solve(watched, (x, x.new_zeros(4)), 0.0, 1.0, parameters)
+    _, stats = solver.solve(watched, (x, x.new_zeros(4)), 0.0, 1.0, parameters=parameters)
     assert stats.rejected_steps == 0
     # The last stage of every step stands one rounding before its end.
     ends = torch.tensor([round(t, 14) for t in times[7::6]], dtype=torch.float64)

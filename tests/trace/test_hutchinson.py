@@ -6,7 +6,7 @@ import torch
 from cnf_lab.errors import ConfigError
 from cnf_lab.fields import Concat, ConcatSquash, EncoderDecoder, Mlp, Tanh, VectorField
 from cnf_lab.flows import ContinuousFlow
-from cnf_lab.ode import TorchdiffeqSolver
+from cnf_lab.ode import RungeKuttaSolver
 from cnf_lab.trace import Bottleneck, Exact, Gaussian, Hutchinson, Rademacher
 
 T = torch.tensor(0.4, dtype=torch.float64)
@@ -30,13 +30,13 @@ class Recorded(Hutchinson):
         super().__init__(distribution)
         self.started, self.probes_seen = 0, []
 
-    def start(self, field, x, generator):
+    def start(self, field, x, context, generator, with_norm=False):
         self.started += 1
-        return super().start(field, x, generator)
+        return super().start(field, x, context, generator, with_norm)
 
-    def value_and_divergence(self, field, t, x, context, probe):
+    def linearise(self, field, t, x, context, probe):
         self.probes_seen.append(probe)
-        return super().value_and_divergence(field, t, x, context, probe)
+        return super().linearise(field, t, x, context, probe)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def draw(estimator, field, x, draws=DRAWS):
     """Return many independent estimates (draws,) of the divergence at one row."""
     rows = x[:1].repeat(draws, 1)
     with torch.no_grad():
-        return estimator.value_and_divergence(field, T, rows, None, estimator.start(field, rows, None))[1]
+        return estimator.value_and_divergence(field, T, rows, None, estimator.start(field, rows, None, None))[1]
 
 
 def exact(field, x):
@@ -98,7 +98,7 @@ def test_is_unbiased(kind, distribution, bottleneck_field, x):
 @each_distribution
 def test_is_the_mean_of_its_products(distribution, field, x):
     estimator = Hutchinson(distribution, probes=3)
-    probe = estimator.start(field, x, None)
+    probe = estimator.start(field, x, None, None)
     value, div = estimator.value_and_divergence(field, T, x, None, probe)
     expected = [v @ jacobian(field, x[row : row + 1]) @ v for row in range(3) for v in probe[:, row]]
     torch.testing.assert_close(value, field(T, x), rtol=1e-13, atol=1e-13)
@@ -129,14 +129,14 @@ def test_k_probes_divide_the_variance_by_k(kind, distribution, bottleneck_field,
 def test_rademacher_is_exact_for_diagonal_jacobians():
     field, x = Elementwise((2, 3, 4)), torch.randn(3, 2, 3, 4, dtype=torch.float64)
     estimator = Hutchinson(Rademacher())
-    probe = estimator.start(field, x, None)
+    probe = estimator.start(field, x, None, None)
     _, div = estimator.value_and_divergence(field, T, x, None, probe)
     torch.testing.assert_close(div, exact(field, x), rtol=1e-13, atol=1e-13)
 
 
 @each_distribution
 def test_probe_has_the_rows_dtype_and_standard_moments(distribution, field):
-    probe = Hutchinson(distribution, probes=2).start(field, torch.zeros(DRAWS, 4), None)
+    probe = Hutchinson(distribution, probes=2).start(field, torch.zeros(DRAWS, 4), None, None)
     assert probe.shape == (2, DRAWS, 4)
     assert probe.dtype == torch.float32
     assert_mean(probe.flatten(), 0)
@@ -145,14 +145,14 @@ def test_probe_has_the_rows_dtype_and_standard_moments(distribution, field):
 
 
 def test_rademacher_probes_are_signs(field):
-    assert Hutchinson(Rademacher()).start(field, torch.zeros(50, 4), None).unique().tolist() == [-1, 1]
+    assert Hutchinson(Rademacher()).start(field, torch.zeros(50, 4), None, None).unique().tolist() == [-1, 1]
 
 
 @each_distribution
 def test_generator_alone_decides_the_probe(distribution, field, x):
     estimator = Hutchinson(distribution)
     state = torch.get_rng_state()
-    first, again, other = (estimator.start(field, x, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    first, again, other = (estimator.start(field, x, None, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.get_rng_state().equal(state)
     assert first.equal(again)
     assert not first.equal(other)
@@ -161,7 +161,7 @@ def test_generator_alone_decides_the_probe(distribution, field, x):
 @each_distribution
 def test_gradient_is_that_of_the_products_by_double_reverse_mode(distribution, field, x):
     estimator = Hutchinson(distribution)
-    probe = estimator.start(field, x, None)
+    probe = estimator.start(field, x, None, None)
     _, div = estimator.value_and_divergence(field, T, x, None, probe)
     y = x.requires_grad_()
     (pulled,) = torch.autograd.grad(field(T, y), y, probe[0], create_graph=True)
@@ -177,7 +177,7 @@ def test_gradient_is_that_of_the_products_by_double_reverse_mode(distribution, f
 
 @each_distribution
 def test_probe_is_drawn_once_and_frozen_over_a_solve(distribution, field, x):
-    recorded, solver = Recorded(distribution), TorchdiffeqSolver("dopri5", 1e-8, 1e-8)
+    recorded, solver = Recorded(distribution), RungeKuttaSolver("dopri5", 1e-8, 1e-8)
     (estimated,) = ContinuousFlow(field, solver, recorded).pull_back(x).solves
     (exactly,) = ContinuousFlow(field, solver, Exact()).pull_back(x).solves
     assert recorded.started == 1
@@ -188,7 +188,7 @@ def test_probe_is_drawn_once_and_frozen_over_a_solve(distribution, field, x):
 
 
 def test_every_solve_draws_a_new_probe(field, x):
-    flow = ContinuousFlow(field, TorchdiffeqSolver("dopri5"), Hutchinson(Gaussian()))
+    flow = ContinuousFlow(field, RungeKuttaSolver("dopri5"), Hutchinson(Gaussian()))
     first, second = flow.pull_back(x), flow.pull_back(x)
     assert not first.log_det.equal(second.log_det)
     torch.testing.assert_close(first.value, second.value, rtol=1e-4, atol=1e-4)
@@ -196,23 +196,25 @@ def test_every_solve_draws_a_new_probe(field, x):
 
 def test_bottleneck_estimate_is_taken_in_the_smaller_space(bottleneck_field, x):
     estimator = Bottleneck(Gaussian(), probes=2)
-    probe = estimator.start(bottleneck_field, x, None)
+    probe = estimator.start(bottleneck_field, x, None, None)
     value, div = estimator.value_and_divergence(bottleneck_field, T, x, None, probe)
-    assert probe.shape == (2, 3, 2)
+    (vectors, outer) = probe
+    assert vectors.shape == (2, 3, 2)
+    assert outer is None
     torch.testing.assert_close(value, bottleneck_field(T, x), rtol=1e-13, atol=1e-13)
     for row in range(3):
         one = x[row : row + 1]
         encoded = bottleneck_field.encode(T, one)[0]
         inner = torch.autograd.functional.jacobian(lambda y: bottleneck_field.encode(T, y[None])[0], one[0])
         outer = torch.autograd.functional.jacobian(lambda h: bottleneck_field.decode(T, h[None])[0], encoded)
-        expected = torch.stack([v @ inner @ outer @ v for v in probe[:, row]]).mean()
+        expected = torch.stack([v @ inner @ outer @ v for v in vectors[:, row]]).mean()
         torch.testing.assert_close(div[row], expected, rtol=1e-11, atol=1e-11)
 
 
 def test_one_number_wide_bottleneck_with_signs_is_exact(randomise, x):
     field = randomise(EncoderDecoder((4,), [8, 1, 8], Concat, Tanh))
     estimator = Bottleneck(Rademacher())
-    _, div = estimator.value_and_divergence(field, T, x, None, estimator.start(field, x, None))
+    _, div = estimator.value_and_divergence(field, T, x, None, estimator.start(field, x, None, None))
     torch.testing.assert_close(div, exact(field, x), rtol=1e-11, atol=1e-11)
 
 
@@ -224,9 +226,9 @@ def test_narrow_bottleneck_has_less_variance(bottleneck_field, x):
 def test_bottleneck_refuses_a_field_without_one(field):
     message = r"Expected a field with a bottleneck .*, got architecture Mlp\. Type .*=encoder_decoder"
     with pytest.raises(ConfigError, match=message):
-        ContinuousFlow(field, TorchdiffeqSolver("dopri5"), Bottleneck(Rademacher()))
+        ContinuousFlow(field, RungeKuttaSolver("dopri5"), Bottleneck(Rademacher()))
     with pytest.raises(ConfigError, match=message):
-        ContinuousFlow(field, TorchdiffeqSolver("dopri5"), Exact(), None, Bottleneck(Rademacher()))
+        ContinuousFlow(field, RungeKuttaSolver("dopri5"), Exact(), None, Bottleneck(Rademacher()))
 
 
 @pytest.mark.parametrize("kind", [Hutchinson, Bottleneck])

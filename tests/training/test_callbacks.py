@@ -15,7 +15,7 @@ from cnf_lab.data.base import ArrayRows
 from cnf_lab.errors import ConfigError
 from cnf_lab.fields import ConcatSquash, Mlp, Tanh
 from cnf_lab.flows import ContinuousFlow, Flow, StandardNormal
-from cnf_lab.ode import SolveStats, TorchdiffeqSolver
+from cnf_lab.ode import RungeKuttaSolver, SolveStats
 from cnf_lab.trace import Exact, Gaussian, Hutchinson
 from cnf_lab.training import callbacks, plots
 from cnf_lab.training.callbacks import EpochLine, Plots, SolverMonitor, epoch_line
@@ -48,7 +48,7 @@ class Module(pl.LightningModule):
         super().__init__()
         torch.manual_seed(1)
         field = Mlp((columns,), (8,), ConcatSquash, Tanh)
-        solver = TorchdiffeqSolver("dopri5", 1e-3, 1e-3, gradient=gradient)
+        solver = RungeKuttaSolver("dopri5", 1e-3, 1e-3, gradient=gradient)
         transform = ContinuousFlow(field, solver, Hutchinson(Gaussian()), evaluation_solver, Exact())
         self.flow = Flow(transform, StandardNormal((columns,)))
         self.solves = []
@@ -219,7 +219,7 @@ def test_training_does_not_notice_figures(tmp_path, sent):
 
 
 def test_a_failing_solve_costs_figures_only(tmp_path, sent, caplog):
-    hopeless = TorchdiffeqSolver("dopri5", 1e-9, 1e-9, options={"max_num_steps": 1})
+    hopeless = RungeKuttaSolver("dopri5", 1e-9, 1e-9, options={"max_num_steps": 1})
     with caplog.at_level(logging.WARNING, logger="cnf_lab"):
         _, fit = fitted(tmp_path, small_plots(tmp_path), module=Module(evaluation_solver=hopeless), epochs=1)
     assert fit.state.finished

@@ -12,7 +12,7 @@ from matplotlib.patches import StepPatch
 from cnf_lab.errors import SolverError
 from cnf_lab.fields import ConcatSquash, Mlp, Tanh
 from cnf_lab.flows import ContinuousFlow, Flow, Mapped, StandardNormal, Transform
-from cnf_lab.ode import TorchdiffeqSolver
+from cnf_lab.ode import RungeKuttaSolver
 from cnf_lab.trace import Exact
 from cnf_lab.training import panels, plots
 from cnf_lab.training.curves import curves
@@ -44,7 +44,7 @@ def shift(columns, context_features=0):
 
 def continuous(columns=2):
     torch.manual_seed(0)
-    solver = TorchdiffeqSolver("dopri5", 1e-3, 1e-3)
+    solver = RungeKuttaSolver("dopri5", 1e-3, 1e-3)
     field = Mlp((columns,), (8,), ConcatSquash, Tanh)
     return Flow(ContinuousFlow(field, solver, Exact()), StandardNormal((columns,))).double()
 

@@ -26,6 +26,8 @@ class VectorField(nn.Module, ABC):
     event_dims: int = 1
     #: Whether the field is defined only for times in [0, 1].
     unit_time: bool = False
+    #: Whether all its operations have forward derivatives; without, products come from reverse mode.
+    forward_mode: bool = True
 
     def __init__(self, event_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -45,9 +47,44 @@ class VectorField(nn.Module, ABC):
         """Whether :meth:`value_and_divergence` is available."""
         return False
 
-    def value_and_divergence(self, t: Time, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return dx/dt and its exact divergence (batch,) from a closed form."""
+    def value_and_divergence(
+        self, t: Time, x: Tensor, context: Tensor | None = None, tangents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        r"""Return dx/dt, its exact divergence from a closed form, and Jacobian-vector products.
+
+        Args:
+            t: Time, a scalar.
+            x: State (batch, \*event).
+            context: Conditioning (batch, features) or None.
+            tangents: Vectors (k, batch, \*event) to multiply the Jacobian by; None for none.
+
+        Returns:
+            The value (batch, \*event), the divergence (batch,), and the products
+            (k, batch, \*event) or None.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no closed form of its divergence")
+
+    def value_and_partial_divergence(
+        self, t: Time, x: Tensor, start: int, stop: int, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        r"""Return dx/dt and the sum of :math:`\partial f_i / \partial x_i` over some coordinates.
+
+        Args:
+            t: Time.
+            x: State (batch, \*event).
+            start: First coordinate of the flattened event.
+            stop: The coordinate after the last.
+            context: Conditioning (batch, features) or None.
+
+        Returns:
+            The value (batch, \*event) and the sum (batch,).
+        """
+        units = torch.eye(stop - start, x.shape[1:].numel(), dtype=x.dtype, device=x.device).roll(start, 1)
+        products = self.value_and_jvp if self.forward_mode else self.value_and_vjp
+        value, found = products(t, x, units.reshape(-1, 1, *x.shape[1:]), context)
+        # Entry (k, b) of the diagonal is d f_{start + k} / d x_{start + k} of row b.
+        diagonal = found.flatten(2)[:, :, start:stop].diagonal(dim1=0, dim2=2)
+        return value, diagonal.to(x.dtype).sum(dim=-1)
 
     def value_and_jvp(
         self, t: Time, x: Tensor, tangents: Tensor, context: Tensor | None = None
@@ -64,6 +101,35 @@ class VectorField(nn.Module, ABC):
             The value (batch, \*event) and the products (k, batch, \*event).
         """
         return value_and_jvp(lambda y: self(t, y, context), x, tangents)
+
+    def value_and_vjp(
+        self, t: Time, x: Tensor, cotangents: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        r"""Return dx/dt and the vector-Jacobian products :math:`v_k^\top J` by reverse mode.
+
+        Args:
+            t: Time.
+            x: State (batch, \*event).
+            cotangents: Vectors (k, batch or 1, \*event); 1 shares a vector among the rows.
+            context: Conditioning (batch, features) or None.
+
+        Returns:
+            The value (batch, \*event) and the products (k, batch, \*event).
+        """
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            if not x.requires_grad:
+                x = x.detach().requires_grad_()
+            value = self(t, x, context)
+            products = []
+            for cotangent in cotangents.to(value.dtype).expand(len(cotangents), *value.shape):
+                # A constant field's graph has no x in it.
+                (product,) = torch.autograd.grad(
+                    value, x, cotangent, create_graph=differentiable, retain_graph=True, materialize_grads=True
+                )
+                products.append(product)
+        stacked = torch.stack(products)
+        return (value, stacked) if differentiable else (value.detach(), stacked)
 
 
 class BottleneckField(VectorField):
@@ -102,7 +168,7 @@ def value_and_jvp(function: Callable[[Tensor], Tensor], x: Tensor, tangents: Ten
         The value (batch, \*out) and the products (k, batch, \*out).
     """
     # jvp refuses rows that share memory.
-    x, tangents = x.contiguous(), tangents.expand(len(tangents), *x.shape)
+    x, tangents = x.contiguous(), tangents.to(x.dtype).expand(len(tangents), *x.shape)
 
     def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.jvp(function, (x,), (tangent,))  # type: ignore[return-value]

@@ -20,18 +20,29 @@ from cnf_lab.shapes import Float
 
 
 class AffineMap(NamedTuple):
-    r"""The map :math:`x \mapsto g \circ (W x) + s`.
+    r"""The map :math:`x \mapsto g \circ (W x) + s`, and :math:`+\, V^\top U^\top x` where rows differ.
 
-    ``weight`` is (out, in), or (batch, out, in) where it differs between rows; ``gate`` (None
-    stands for 1) and ``shift`` broadcast against (batch, out).
+    Attributes:
+        weight: W (out, in), or (batch, out, in) where it differs between rows. A gate that all
+            rows share is folded in.
+        gate: g (batch, out) where it differs between rows; None stands for 1.
+        shift: s, (out,) or (batch, out).
+        low_rank: U (batch, in, rank) and V (batch, rank, out) of a part of the weight that
+            differs between rows; None for none.
     """
 
     weight: Tensor
     gate: Tensor | None
     shift: Tensor
+    low_rank: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether all rows have the same weight."""
+        return self.weight.dim() == 2 and self.low_rank is None
 
     def __call__(self, x: Float[Tensor, "batch in"]) -> Float[Tensor, "batch out"]:
-        if self.weight.dim() == 2 and self.gate is None and self.shift.dim() == 1:
+        if self.shared and self.gate is None and self.shift.dim() == 1:
             return F.linear(x, self.weight, self.shift)
         return self.linear(x) + self.shift
 
@@ -39,12 +50,18 @@ class AffineMap(NamedTuple):
         """Apply the linear part, to tangents as well."""
         per_row = self.weight.dim() == 3
         y = torch.einsum("boi,...bi->...bo", self.weight, v) if per_row else F.linear(v, self.weight)
-        return y if self.gate is None else y * self.gate
+        if self.gate is not None:
+            y = y * self.gate
+        if self.low_rank is not None:
+            # (..., rows, in) -> (..., batch, 1, in), so that matmul takes each row's own factors.
+            y = y + (v.unsqueeze(-2) @ self.low_rank[0] @ self.low_rank[1]).squeeze(-2)
+        return y
 
     def modulated(self, gate: Tensor, shift: Tensor) -> "AffineMap":
         """Return the map followed by y -> gate y + shift, both (batch, out)."""
         own = gate if self.gate is None else self.gate * gate
-        return AffineMap(self.weight, own, self.shift * gate + shift)
+        low_rank = None if self.low_rank is None else (self.low_rank[0], self.low_rank[1] * gate.unsqueeze(1))
+        return AffineMap(self.weight, own, self.shift * gate + shift, low_rank)
 
 
 class TimeLinear(nn.Module, ABC):
@@ -124,7 +141,7 @@ class Squash(TimeLinear):
     def at(self, t: Time) -> AffineMap:
         """Return (W, σ, σ b)."""
         gate = torch.sigmoid(self.time_gate(time_column(t)))
-        return AffineMap(self.linear.weight, gate, gate * self.linear.bias)
+        return _gated(t, self.linear, gate, gate * self.linear.bias)
 
 
 class ConcatSquash(TimeLinear):
@@ -140,7 +157,7 @@ class ConcatSquash(TimeLinear):
         """Return (W, σ, σ b + v t)."""
         column = time_column(t)
         gate = torch.sigmoid(self.time_gate(column))
-        return AffineMap(self.linear.weight, gate, gate * self.linear.bias + self.time_shift(column))
+        return _gated(t, self.linear, gate, gate * self.linear.bias + self.time_shift(column))
 
 
 class Blend(TimeLinear):
@@ -183,6 +200,16 @@ class Hyper(TimeLinear):
         out = self.network(time_column(t)).reshape(t.shape + (-1,))
         shift, weight = out.split([self.out_features, self.out_features * self.in_features], dim=-1)
         return AffineMap(weight.unflatten(-1, (self.out_features, self.in_features)), None, shift)
+
+
+def _gated(t: Time, linear: nn.Linear, gate: Tensor, shift: Tensor) -> AffineMap:
+    """Return the map of a gated layer; a gate that all rows share is folded into the weight.
+
+    Weights are small beside a batch of activations, and the layer is one matrix product then.
+    """
+    if t.dim() == 0:
+        return AffineMap(gate.reshape(-1, 1) * linear.weight, None, shift.squeeze(0))
+    return AffineMap(linear.weight, gate, shift)
 
 
 def _scaled(t: Time, vector: Float[Tensor, " out"]) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from cnf_lab.errors import ConfigError
@@ -72,31 +73,89 @@ class Stack(nn.Module):
                 x = self.activations[index](x)
         return x
 
+    def value_and_slopes(
+        self, maps: Sequence[AffineMap], x: Float[Tensor, "batch in"]
+    ) -> tuple[Float[Tensor, "batch out"], list[Tensor]]:
+        """Apply the maps with activations between them; return the slopes of the activations too."""
+        slopes = []
+        for affine, activation in zip(maps, self.activations, strict=False):
+            x, slope = activation.value_and_slope(affine(x))
+            slopes.append(slope)
+        return (maps[-1](x) if len(maps) > len(slopes) else x), slopes
+
+    def jvp(
+        self, maps: Sequence[AffineMap], slopes: Sequence[Tensor], tangents: Float[Tensor, "k rows in"]
+    ) -> Float[Tensor, "k rows_out out"]:
+        """Apply the derivative at known slopes to tangents."""
+        for index, affine in enumerate(maps):
+            tangents = affine.linear(tangents)
+            if index < len(slopes):
+                tangents = tangents * slopes[index]
+        return tangents
+
     def value_and_jvp(
-        self,
-        t: Time,
-        x: Float[Tensor, "batch in"],
-        tangents: Float[Tensor, "k rows in"],
-        context: Tensor | None,
+        self, maps: Sequence[AffineMap], x: Float[Tensor, "batch in"], tangents: Float[Tensor, "k rows in"]
     ) -> tuple[Float[Tensor, "batch out"], Float[Tensor, "k rows_out out"]]:
-        """Apply the stack to x and its derivative to the tangents, layer by layer."""
-        for index, affine in enumerate(self.maps(t, context)):
-            x, tangents = affine(x), affine.linear(tangents)
+        """Apply the maps to x and their derivative to tangents, in the same matrix products."""
+        for index, affine in enumerate(maps):
+            if tangents.shape[1] == len(x):
+                both = affine.linear(torch.cat([x.unsqueeze(0), tangents]))
+                x, tangents = both[0] + affine.shift, both[1:]
+            else:  # tangents that all rows share are one row still
+                x, tangents = affine(x), affine.linear(tangents)
             if index < len(self.activations):
                 x, slope = self.activations[index].value_and_slope(x)
                 tangents = tangents * slope
         return x, tangents
 
 
+def closed_form_divergence(maps: Sequence[AffineMap], slopes: Sequence[Tensor]) -> Float[Tensor, " batch"]:
+    r"""Return the exact divergence of affine maps with one or two activations between them.
+
+    For :math:`f = W_3 a(g_2 W_2 a(g_1 W_1 x + s_1) + s_2) + s_3` with gates that may differ
+    between rows, and weights that all rows share,
+
+    .. math:: \mathrm{div} f = d_2^\top \big(W_2 \circ (W_1 W_3)^\top\big) d_1,
+              \qquad d_i = g_i \circ a'(u_i).
+
+    With one activation rows may have low-rank parts of their weights besides.
+
+    Args:
+        maps: The two or three affine maps, the last without a gate.
+        slopes: Slopes of the activations.
+    """
+    gated, first, last = _gated(maps, slopes), maps[0], maps[-1]
+    if len(slopes) == 1:
+        diagonal = (first.weight * last.weight.mT).sum(dim=1)  # of W1 W2, (H,)
+        div = gated[0] @ diagonal
+        if first.low_rank is not None and last.low_rank is not None:
+            div = div + (slopes[0] * _low_rank_diagonal(first, last)).sum(dim=-1)
+        return div
+    matrix = maps[1].weight * (first.weight @ last.weight).mT
+    # The last sum in the slopes' precision at least: under autocast a sum of H terms would lose digits.
+    return ((gated[1] @ matrix).to(torch.promote_types(torch.float32, gated[0].dtype)) * gated[0]).sum(dim=-1)
+
+
+def _gated(maps: Sequence[AffineMap], slopes: Sequence[Tensor]) -> list[Tensor]:
+    """Return the slopes with the gates of their layers."""
+    pairs = zip(maps, slopes, strict=False)
+    return [slope if affine.gate is None else slope * affine.gate for affine, slope in pairs]
+
+
+def _low_rank_diagonal(first: AffineMap, last: AffineMap) -> Float[Tensor, "batch units"]:
+    """Return what low-rank parts add to diag(W1 W2) of each row: diag((W1 + V1' U1') (W2 + V2' U2')) less it."""
+    (u1, v1), (u2, v2) = first.low_rank, last.low_rank  # type: ignore[misc]
+    w1, w2 = first.weight, last.weight  # (H, D), (D, H)
+    own_first = (v1 * (u1.mT @ w2)).sum(dim=1)  # (batch, H)
+    own_last = ((w1 @ v2.mT).mT * u2.mT).sum(dim=1)
+    both = (v1 * ((u1.mT @ v2.mT) @ u2.mT)).sum(dim=1)
+    return own_first + (own_last if first.gate is None else first.gate * own_last) + both
+
+
 class Mlp(VectorField):
     r"""A multilayer perceptron of x with time-conditioned layers.
 
-    With one or two hidden layers the divergence has a closed form. For
-    :math:`f = g_3 W_3 a(g_2 W_2 a(g_1 W_1 x + s_1) + s_2) + s_3`,
-
-    .. math:: \mathrm{div} f = d_2^\top \big(W_2 \circ (W_1 G_3 W_3)^\top\big) d_1,
-              \qquad d_i = g_i \circ a'(u_i),
-
+    With one or two hidden layers the divergence has a closed form, :func:`closed_form_divergence`:
     one extra product with a matrix of the size of :math:`W_2`, which depends on time only.
 
     Args:
@@ -145,35 +204,53 @@ class Mlp(VectorField):
         """True with one or two hidden layers."""
         return len(self.stack.layers) <= 3
 
-    def value_and_divergence(self, t: Time, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return dx/dt and its exact divergence; t is a scalar."""
+    def value_and_divergence(
+        self, t: Time, x: Tensor, context: Tensor | None = None, tangents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return dx/dt, its exact divergence, and Jacobian-vector products; t is a scalar."""
         if not self.has_closed_form:
-            return super().value_and_divergence(t, x, context)
-        *hidden, last = self.stack.maps(t, context)
-        slopes, h = [], x
-        for affine, activation in zip(hidden, self.stack.activations, strict=True):
-            h, slope = activation.value_and_slope(affine(h))
-            slopes.append(slope if affine.gate is None else slope * affine.gate)
-        value, weight_out = last(h), last.weight
-        if last.gate is not None:
-            weight_out = last.gate.reshape(-1, 1) * weight_out
-        if len(hidden) == 1:
-            div = slopes[0] @ (hidden[0].weight * weight_out.mT).sum(dim=1)
-        else:
-            product = hidden[1].weight * (hidden[0].weight @ weight_out).mT
-            div = ((slopes[1] @ product) * slopes[0]).sum(dim=-1)
+            return super().value_and_divergence(t, x, context, tangents)
+        maps = self.stack.maps(t, context)
+        value, slopes = self.stack.value_and_slopes(maps, x)
+        div = closed_form_divergence(maps, slopes)
+        products = None if tangents is None else self.stack.jvp(maps, slopes, tangents)
         if self.subtract_identity:
-            return value - x, div - x.shape[1]
-        return value, div
+            products = None if products is None or tangents is None else products - tangents
+            return value - x, div - x.shape[1], products
+        return value, div, products
+
+    def value_and_partial_divergence(
+        self, t: Time, x: Tensor, start: int, stop: int, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        r"""Return dx/dt and the divergence over some coordinates.
+
+        Three hidden layers meet in the middle: with :math:`R_k = d_1 (W_1 e_k \circ W_2^\top)` from
+        the left and :math:`L_k = d_3 (W_4^\top e_k \circ W_3)` from the right,
+
+        .. math:: \mathrm{div} f = \sum_h d_{2,h} \sum_k R_{k,h} L_{k,h},
+
+        two products of the batch with matrices that depend on time only, and no mask of the
+        batch for each coordinate and layer.
+        """
+        # The matrices have a row per unit: they pay when there are more rows than units.
+        if len(self.stack.layers) != 4 or len(x) < max(layer.in_features for layer in self.stack.layers):
+            return super().value_and_partial_divergence(t, x, start, stop, context)
+        maps = self.stack.maps(t, context)
+        value, slopes = self.stack.value_and_slopes(maps, x)
+        d1, d2, d3 = _gated(maps, slopes)
+        first, second, third, last = (affine.weight for affine in maps)
+        left = (first[:, start:stop, None] * second.mT[:, None, :]).flatten(1)  # (H1, k H2)
+        right = (last[start:stop].mT[:, :, None] * third[:, None, :]).flatten(1)  # (H3, k H2)
+        both = ((d1 @ left) * (d3 @ right)).unflatten(1, (stop - start, -1)).sum(dim=1)
+        div = (both.to(x.dtype) * d2).sum(dim=-1)
+        return (value - x, div - (stop - start)) if self.subtract_identity else (value, div)
 
     def value_and_jvp(
         self, t: Time, x: Tensor, tangents: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return dx/dt and Jacobian-vector products without an autograd transform."""
-        value, products = self.stack.value_and_jvp(t, x, tangents, context)
-        if self.subtract_identity:
-            return value - x, products - tangents
-        return value, products
+        value, products = self.stack.value_and_jvp(self.stack.maps(t, context), x, tangents)
+        return (value - x, products - tangents) if self.subtract_identity else (value, products)
 
 
 class EncoderDecoder(BottleneckField):

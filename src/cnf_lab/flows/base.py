@@ -5,7 +5,7 @@ gives likelihoods, :meth:`Transform.push_forward` goes from latent to data and g
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,11 +15,24 @@ from torch import Tensor, nn
 from cnf_lab.flows.base_distribution import StandardNormal
 from cnf_lab.ode import OdeSolver, SolveStats
 from cnf_lab.shapes import Float
-from cnf_lab.trace import DivergenceEstimator
+from cnf_lab.trace import DivergenceEstimator, Linearised
 
-#: A quantity to integrate over time along with a solve, one number per example:
-#: (t, x, dx/dt, divergence) -> (batch,).
-Integrand = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+class Integrand(ABC):
+    """A quantity to integrate over time along with a solve, one number per example."""
+
+    #: Whether it needs the squared Frobenius norm of the field's Jacobian.
+    needs_norm: bool = False
+
+    @abstractmethod
+    def __call__(self, t: Tensor, x: Tensor, found: Linearised) -> Tensor:
+        r"""Return the integrand (batch,) at one time.
+
+        Args:
+            t: Time.
+            x: State (batch, \*event).
+            found: The field there, its divergence, and the norm of its Jacobian if it is needed.
+        """
 
 
 @dataclass(frozen=True)
@@ -31,12 +44,15 @@ class Mapped:
         log_det: log \|det\| of the Jacobian of the map that was applied (batch,).
         integrals: The integrals asked for, each (batch,).
         solves: What each solve cost, in the order of the map.
+        log_det_error: Standard error of log_det over the probes of a stochastic divergence
+            (batch,), in evaluation mode; NaN with one probe, None where log_det is exact.
     """
 
     value: Tensor
     log_det: Tensor
     integrals: tuple[Tensor, ...] = ()
     solves: tuple[SolveStats, ...] = ()
+    log_det_error: Tensor | None = None
 
 
 class Transform(nn.Module, ABC):
@@ -80,8 +96,14 @@ class Transform(nn.Module, ABC):
             with_log_det: Whether log_det is wanted; without, samples cost less and it is zero.
         """
 
-    def set_evaluation(self, solver: OdeSolver, divergence: DivergenceEstimator) -> None:
-        """Choose the solver and the divergence estimator of evaluation mode, where there is a solve."""
+    def set_evaluation(self, solver: OdeSolver, divergence: DivergenceEstimator, autocast: bool = False) -> None:
+        """Choose the solver and the divergence estimator of evaluation mode, where there is a solve.
+
+        Args:
+            solver: The solver.
+            divergence: The divergence estimator.
+            autocast: Whether the field honours an autocast around it, as in training.
+        """
 
     def trajectory(self, z: Tensor, context: Tensor | None = None, points: int = 2) -> list[Tensor]:
         """Return the states on the way from latent to data, z itself left out.
@@ -176,7 +198,15 @@ def _then(first: Mapped, second: Mapped) -> Mapped:
         first.log_det.to(second.log_det) + second.log_det,
         tuple(a + b for a, b in pairs) or first.integrals,
         first.solves + second.solves,
+        _in_quadrature(first.log_det_error, second.log_det_error),
     )
+
+
+def _in_quadrature(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    # Blocks draw their probes independently.
+    if first is None or second is None:
+        return second if first is None else first
+    return torch.hypot(first, second)
 
 
 class Flow(nn.Module):
@@ -285,11 +315,17 @@ class Flow(nn.Module):
         self._check(z, context)
         return torch.stack([z, *self.transform.trajectory(z, self._encode(context), points)])
 
-    def set_evaluation(self, solver: OdeSolver, divergence: DivergenceEstimator) -> None:
-        """Choose the solver and the divergence estimator of evaluation mode in every block."""
+    def set_evaluation(self, solver: OdeSolver, divergence: DivergenceEstimator, autocast: bool = False) -> None:
+        """Choose the solver and the divergence estimator of evaluation mode in every block.
+
+        Args:
+            solver: The solver.
+            divergence: The divergence estimator.
+            autocast: Whether fields honour an autocast around them, as in training.
+        """
         for part in self.modules():
             if isinstance(part, Transform):
-                part.set_evaluation(solver, divergence)
+                part.set_evaluation(solver, divergence, autocast)
 
     def _encode(self, context: Tensor | None) -> Tensor | None:
         return context if context is None or self.context_encoder is None else self.context_encoder(context)

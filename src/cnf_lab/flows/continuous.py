@@ -5,17 +5,21 @@ References:
     Grathwohl et al., FFJORD (2019), https://arxiv.org/abs/1810.01367.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from cnf_lab.errors import ConfigError
 from cnf_lab.fields import VectorField
 from cnf_lab.fields.spectral import iterate_spectral_norms
 from cnf_lab.flows.base import Integrand, Mapped, Transform
 from cnf_lab.ode import OdeSolver, State
-from cnf_lab.trace import DivergenceEstimator
+from cnf_lab.trace import DivergenceEstimator, Probe
 
 
 class ContinuousFlow(Transform):
@@ -62,12 +66,11 @@ class ContinuousFlow(Transform):
                 "Expected model.end_time=1.0 and model.train_end_time=false with architecture/layer=blend, whose time "
                 f"runs from 0 to 1, got {end_time} and {str(train_end_time).lower()}. Type model.end_time=1.0."
             )
-        divergence.check(field)
         self.field, self.amortiser = field, amortiser
-        self.solver, self.divergence = solver, divergence
+        self.solver, self.divergence = solver, divergence.chosen_for(field)
         self.evaluation_solver = evaluation_solver or solver
-        self.evaluation_divergence = evaluation_divergence or divergence
-        self.evaluation_divergence.check(field)
+        self.evaluation_divergence = (evaluation_divergence or divergence).chosen_for(field)
+        self.evaluation_autocast = False
         self.end_time = float(end_time)
         self.log_end_time = nn.Parameter(torch.tensor(self.end_time).log()) if train_end_time else None
 
@@ -93,10 +96,10 @@ class ContinuousFlow(Transform):
         """Integrate from T to 0."""
         return self._solve(z, self._end, 0.0, context, generator, (), with_log_det)
 
-    def set_evaluation(self, solver: OdeSolver, divergence: DivergenceEstimator) -> None:
+    def set_evaluation(self, solver: OdeSolver, divergence: DivergenceEstimator, autocast: bool = False) -> None:
         """Choose the solver and the divergence estimator of evaluation mode."""
-        divergence.check(self.field)
-        self.evaluation_solver, self.evaluation_divergence = solver, divergence
+        self.evaluation_divergence = divergence.chosen_for(self.field)
+        self.evaluation_solver, self.evaluation_autocast = solver, autocast
 
     def trajectory(self, z: Tensor, context: Tensor | None = None, points: int = 2) -> list[Tensor]:
         """Return the states at ``points`` equally spaced times from T to 0."""
@@ -129,34 +132,83 @@ class ContinuousFlow(Transform):
         divergence = self.divergence if self.training else self.evaluation_divergence
         if self.amortiser is not None:
             context = self.amortiser(context)
-        probe = divergence.start(self.field, x, generator) if with_log_det else None
+        with_norm = any(integrand.needs_norm for integrand in integrands)
+        probe = divergence.start(self.field, x, context, generator, with_norm) if with_log_det else None
         device = x.device.type
         # In low precision a tight tolerance would chase round-off: evaluation keeps the full one.
-        autocast, low = self.training and torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-        def rhs(s: Tensor, state: State) -> State:
-            x = state[0]
-            rate = None if self.log_end_time is None else self.log_end_time.exp()
-            t = s if rate is None else s * rate
-            # The solver has left autocast; only the field runs in low precision.
-            with torch.autocast(device, dtype=low, enabled=autocast):
-                if not with_log_det:
-                    return _scaled((self.field(t, x, context).to(x.dtype),), rate)
-                value, div = divergence.value_and_divergence(self.field, t, x, context, probe)
-            value, div = value.to(x.dtype), div.to(x.dtype)
-            return _scaled((value, div, *(integrand(t, x, value, div) for integrand in integrands)), rate)
-
-        zeros = tuple(x.new_zeros(len(x)) for _ in range(1 + len(integrands)))
-        start = (x, *zeros) if with_log_det else (x,)
+        autocast = (self.training or self.evaluation_autocast) and torch.is_autocast_enabled(device)
+        dynamics = _Dynamics(
+            self.field,
+            divergence if with_log_det else None,
+            tuple(integrands),
+            self.log_end_time,
+            torch.get_autocast_dtype(device) if autocast else None,
+            # Training has no use for it.
+            not self.training,
+        )
+        start = dynamics.start(x, probe)
         # Without the amortiser's: its gradients come through the context.
-        parameters: list[Tensor] = [p for p in self.field.parameters() if p.requires_grad]
-        if self.log_end_time is not None:
-            parameters.append(self.log_end_time)
-        if context is not None and context.requires_grad:
-            parameters.append(context)
-        end, stats = solver.solve(rhs, start, t0, t1, parameters)
-        log_det = end[1] if with_log_det else zeros[0]
-        return Mapped(end[0], log_det, end[2:], (stats,))
+        parameters = [*self.field.parameters(), *([] if self.log_end_time is None else [self.log_end_time])]
+        with _frozen_weights(self.field):
+            end, stats = solver.solve(dynamics, start, t0, t1, (context, probe), parameters)
+        if not with_log_det:
+            return Mapped(end[0], x.new_zeros(len(x)), (), (stats,))
+        integrals, error = end[2 : 2 + len(integrands)], None
+        if not divergence.exact and not self.training:
+            error = standard_error(end[-1]) if len(end) > 2 + len(integrands) else torch.full_like(end[1], torch.nan)
+        return Mapped(end[0], end[1], integrals, (stats,), error)
+
+
+@dataclass(frozen=True)
+class _Dynamics:
+    """The right-hand side of a solve: the derivatives of x, log-det, integrals, and single estimates.
+
+    The state's last part, (k, batch), integrates the k estimates of a stochastic divergence
+    apart, where their spread is wanted. Time, state and derivatives keep the state's precision;
+    only the field runs in the low one. It is made anew for each solve, which a compiled step
+    does not notice: what differs between solves are its arguments.
+    """
+
+    field: VectorField
+    divergence: DivergenceEstimator | None
+    integrands: tuple[Integrand, ...]
+    log_end_time: Tensor | None
+    low_precision: torch.dtype | None
+    with_estimates: bool
+
+    def start(self, x: Tensor, probe: Probe) -> State:
+        """Return the state at the start of a solve."""
+        if self.divergence is None:
+            return (x,)
+        zeros = tuple(x.new_zeros(len(x)) for _ in range(1 + len(self.integrands)))
+        several = self.divergence.count if self.with_estimates else 1
+        return (x, *zeros, x.new_zeros(several, len(x))) if several > 1 else (x, *zeros)
+
+    def __call__(self, s: Tensor, state: State, context: Tensor | None, probe: Probe) -> State:
+        x = state[0]
+        rate = None if self.log_end_time is None else self.log_end_time.exp()
+        t = s if rate is None else s * rate
+        with torch.autocast(x.device.type, dtype=self.low_precision, enabled=self.low_precision is not None):
+            if self.divergence is None:
+                return _scaled((self.field(t, x, context).to(x.dtype),), rate)
+            found = self.divergence.linearise(self.field, t, x, context, probe)
+        found = found.to(x.dtype)
+        integrals = tuple(integrand(t, x, found) for integrand in self.integrands)
+        estimates = (found.estimates,) if len(state) > 2 + len(integrals) else ()
+        return _scaled((found.value, found.div, *integrals, *estimates), rate)
+
+
+def standard_error(estimates: Tensor) -> Tensor:
+    """Return the standard error of the mean of k estimates, (k, batch) to (batch,)."""
+    return estimates.std(dim=0) / math.sqrt(len(estimates))
+
+
+@contextmanager
+def _frozen_weights(field: VectorField) -> Iterator[None]:
+    """Compute parametrised weights (spectral norms) once per solve and not at every evaluation."""
+    parametrised = any(isinstance(part, parametrize.ParametrizationList) for part in field.modules())
+    with parametrize.cached() if parametrised else nullcontext():
+        yield
 
 
 def _scaled(state: State, rate: Tensor | None) -> State:

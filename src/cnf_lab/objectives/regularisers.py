@@ -3,12 +3,15 @@ r"""Penalties that are integrated over the trajectories in the same solve as the
 They do not steer the step size: the error norm looks at x and log-det only.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 from torch import Tensor
 
+from cnf_lab.flows import Integrand
+from cnf_lab.trace import Linearised
 
-class Regulariser(ABC):
+
+class Regulariser(Integrand):
     """A weighted integral over time, one number per example.
 
     Args:
@@ -19,8 +22,8 @@ class Regulariser(ABC):
         self.weight = weight
 
     @abstractmethod
-    def __call__(self, t: Tensor, x: Tensor, velocity: Tensor, div: Tensor) -> Tensor:
-        """Return the integrand (batch,) at one time; velocity is dx/dt."""
+    def __call__(self, t: Tensor, x: Tensor, found: Linearised) -> Tensor:
+        """Return the integrand (batch,) at one time."""
 
 
 class KineticEnergy(Regulariser):
@@ -32,6 +35,25 @@ class KineticEnergy(Regulariser):
         Finlay et al., How to train your neural ODE (2020), https://arxiv.org/abs/2002.02798.
     """
 
-    def __call__(self, t: Tensor, x: Tensor, velocity: Tensor, div: Tensor) -> Tensor:
+    def __call__(self, t: Tensor, x: Tensor, found: Linearised) -> Tensor:
         """Return the mean square of the velocity (batch,)."""
-        return velocity.flatten(1).square().mean(dim=1)
+        return found.value.flatten(1).square().mean(dim=1)
+
+
+class JacobianNorm(Regulariser):
+    r"""The Jacobian's norm :math:`\frac1D \int_0^T \lVert \partial f / \partial x \rVert_F^2 dt`.
+
+    It takes the products :math:`J v` of the divergence estimate where there are such; beside an
+    exact divergence one probe is pushed through the same layers. The mean over probes of
+    :math:`\lVert J v \rVert^2` is unbiased.
+
+    References:
+        Finlay et al., How to train your neural ODE (2020), https://arxiv.org/abs/2002.02798.
+    """
+
+    needs_norm = True
+
+    def __call__(self, t: Tensor, x: Tensor, found: Linearised) -> Tensor:
+        """Return the estimate of the squared norm over D (batch,)."""
+        assert found.squared_norm is not None
+        return found.squared_norm / x.shape[1:].numel()

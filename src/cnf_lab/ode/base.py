@@ -1,15 +1,18 @@
 """The seam of all solvers, and what a solve reports."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnf_lab.shapes import Float
-
 State = tuple[Tensor, ...]
-RightHandSide = Callable[[Float[Tensor, ""], State], State]
+#: What a right-hand side depends on besides time and state, fixed over a solve.
+Arguments = tuple[Any, ...]
+#: (t, state, *arguments) -> the state's derivative.
+RightHandSide = Callable[..., State]
 
 
 class SolveStats:
@@ -19,8 +22,8 @@ class SolveStats:
     returns, and a copy would miss what the backward pass adds.
 
     ``nfe_backward`` grows while gradients are computed, so read it after ``backward()``. It
-    counts evaluations of the field, which only a continuous adjoint makes again: gradients
-    taken directly through the solver reuse the forward ones and leave it at 0.
+    counts evaluations of the field that are made again: by a continuous adjoint, and step by
+    step by checkpointing. Gradients taken directly through the solver leave it at 0.
     """
 
     __slots__ = ("accepted_steps", "nfe_backward", "nfe_forward", "rejected_steps")
@@ -56,17 +59,20 @@ class OdeSolver(ABC):
         state: State,
         t0: float,
         t1: float,
+        arguments: Arguments = (),
         parameters: Sequence[Tensor] = (),
     ) -> tuple[State, SolveStats]:
         """Integrate from t0 to t1, in either direction.
 
         Args:
-            rhs: Right-hand side; gets a scalar time and the state.
+            rhs: Right-hand side; gets a scalar time, the state and the arguments.
             state: State at t0.
             t0: Start time.
             t1: End time.
-            parameters: Tensors besides the state that the right-hand side depends on and that
-                need gradients: parameters, and tensors computed from them such as a context.
+            arguments: What the right-hand side gets besides, such as a context and a probe. A
+                tensor among them receives its gradient.
+            parameters: Further tensors that the right-hand side depends on and that need
+                gradients.
 
         Returns:
             The state at t1, and what the solve cost.
@@ -79,6 +85,28 @@ class OdeSolver(ABC):
     def describe(self) -> dict[str, object]:
         """Return method, tolerances and options as plain values, for reports."""
 
+    def eager(self) -> "OdeSolver":
+        """Return the same solver without compilation, for a few solves of unusual shapes."""
+        return self
+
+    def tightened(self) -> "OdeSolver | None":
+        """Return a solver with about a tenth of the error, or None where there is none."""
+        return None
+
+
+def differentiated(arguments: Arguments, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return every tensor besides the state that a solve must differentiate by."""
+    wanted = [part for part in arguments if isinstance(part, Tensor) and part.requires_grad]
+    return (*wanted, *(parameter for parameter in parameters if parameter.requires_grad))
+
+
+def without_autocast(device_type: str) -> torch.autocast:
+    """Return a context in which state, log-det and error norm keep float32 or better.
+
+    A right-hand side opens the autocast that it wants by itself.
+    """
+    return torch.autocast(device_type, enabled=False)
+
 
 @torch.no_grad()
 def batch_error_norm(error: State) -> Tensor:
@@ -86,7 +114,7 @@ def batch_error_norm(error: State) -> Tensor:
 
     Cheap, but a single row may be much worse than the tolerance.
     """
-    return max(_rms(part, 0) for part in error[:2])
+    return functools.reduce(torch.maximum, [_rms(part, 0) for part in error[:2]])
 
 
 @torch.no_grad()
@@ -95,7 +123,7 @@ def example_error_norm(error: State) -> Tensor:
 
     Every row meets the tolerance, whatever the others of its batch.
     """
-    return max(_rms(part, 1).max() for part in error[:2])
+    return functools.reduce(torch.maximum, [_rms(part, 1).max() for part in error[:2]])
 
 
 def _rms(part: Tensor, first: int) -> Tensor:

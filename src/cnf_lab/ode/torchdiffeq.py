@@ -5,7 +5,6 @@ References:
     Chen et al., Neural Ordinary Differential Equations (2018), https://arxiv.org/abs/1806.07366.
 """
 
-import difflib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +16,17 @@ from torch import Tensor
 
 from cnf_lab.errors import ConfigError, SolverError
 from cnf_lab.ode.base import (
+    Arguments,
     OdeSolver,
     RightHandSide,
     SolveStats,
     State,
     batch_error_norm,
+    differentiated,
     example_error_norm,
+    without_autocast,
 )
+from cnf_lab.ode.failures import check_choice, first_line, solve_failure
 
 T = TypeVar("T")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
@@ -81,9 +84,9 @@ class TorchdiffeqSolver(OdeSolver):
         adjoint_seminorm: bool = True,
     ) -> None:
         options = {name: value for name, value in (options or {}).items() if value is not None}
-        _check_choice("solver.method", method, METHODS)
-        _check_choice("solver.gradient", gradient, GRADIENTS)
-        _check_choice("solver.error_norm", error_norm, tuple(ERROR_NORMS))
+        check_choice("solver.method", method, METHODS)
+        check_choice("solver.gradient", gradient, GRADIENTS)
+        check_choice("solver.error_norm", error_norm, tuple(ERROR_NORMS))
         for name, bound in (("atol", atol), ("rtol", rtol)):
             if not bound > 0:
                 raise ConfigError(f"Expected solver.{name} above 0, got {bound}. Type solver.{name}=1e-5.")
@@ -98,14 +101,14 @@ class TorchdiffeqSolver(OdeSolver):
                 f"{options['step_size']}. Type solver.steps={steps} alone."
             )
         for option in options:
-            _check_choice("solver.options", option, _of_family(OPTIONS, method))
+            check_choice("solver.options", option, _of_family(OPTIONS, method))
             if option not in TEXTS and not isinstance(options[option], int | float):
                 raise ConfigError(
                     f"Expected solver.options.{option} to be a number, got {options[option]}. "
                     f"Type solver.options.{option}=null."
                 )
         if "solver" in options:
-            _check_choice(
+            check_choice(
                 "solver.options.solver", options["solver"], ("LSODA", "RK45", "RK23", "DOP853", "Radau", "BDF")
             )
         if method in FIXED_GRID and steps is None and "step_size" not in options:
@@ -136,20 +139,21 @@ class TorchdiffeqSolver(OdeSolver):
         state: State,
         t0: float,
         t1: float,
+        arguments: Arguments = (),
         parameters: Sequence[Tensor] = (),
     ) -> tuple[State, SolveStats]:
         """Integrate from t0 to t1; see :meth:`OdeSolver.solve`."""
         if t0 == t1 or not state[0].numel():
             return state, SolveStats()
-        observed = _of_family(OBSERVED, self.method)(rhs, (t0, t1))
+        observed = _of_family(OBSERVED, self.method)(rhs, arguments, (t0, t1))
         if not all(bool(part.isfinite().all()) for part in state):
             raise SolverError(self._failure(observed, t0, "the state at the start is not finite"))
         # The times are data of the solve, never differentiated: an end time that is trained
         # enters through the right-hand side.
         times = torch.tensor([t0, t1], dtype=torch.float64, device=state[0].device)
         try:
-            with _no_autocast(state[0].device.type), _judged_warnings(self.method):
-                solution = self._integrate(observed, state, times, parameters)
+            with without_autocast(state[0].device.type), _judged_warnings(self.method):
+                solution = self._integrate(observed, state, times, differentiated(arguments, parameters))
         except (AssertionError, UserWarning, _Stuck) as failure:
             raise SolverError(self._failure(observed, t0, str(failure))) from failure
         except RuntimeError as failure:
@@ -201,14 +205,10 @@ class TorchdiffeqSolver(OdeSolver):
         )
 
     def _failure(self, observed: "_Observed", t: float, reason: str) -> str:
-        step = "not yet chosen"
+        step = None
         if observed.last_step is not None:
-            t, step = float(observed.last_step[0]), f"{float(observed.last_step[1]):.3g}"
-        return (
-            f"The solve with {self.method} failed at t = {t:.6g} (step size {step}, "
-            f"{observed.stats.nfe_forward} evaluations, atol {self.atol:g}, rtol {self.rtol:g}): "
-            f"{_first_line(reason)}. {_advice(reason)}"
-        )
+            t, step = float(observed.last_step[0]), float(observed.last_step[1])
+        return solve_failure(self.method, t, step, observed.stats.nfe_forward, self.atol, self.rtol, reason)
 
 
 class _Stuck(Exception):
@@ -218,8 +218,8 @@ class _Stuck(Exception):
 class _Observed:
     """A right-hand side that counts its evaluations, before and after the end of the solve."""
 
-    def __init__(self, rhs: RightHandSide, ends: tuple[float, float]) -> None:
-        self.rhs = rhs
+    def __init__(self, rhs: RightHandSide, arguments: Arguments, ends: tuple[float, float]) -> None:
+        self.rhs, self.arguments = rhs, arguments
         self.first, self.last = sorted(ends)
         self.stats = SolveStats()
         self.finished = False
@@ -231,7 +231,7 @@ class _Observed:
         else:
             self.stats.nfe_forward += 1
         # The choice of the first step may look beyond the end.
-        return self.rhs(t.clamp(self.first, self.last), state)
+        return self.rhs(t.clamp(self.first, self.last), state, *self.arguments)
 
 
 class _ObservedScipy(_Observed):
@@ -279,7 +279,7 @@ def backward_failures() -> Iterator[None]:
         yield
     except AssertionError as failure:
         raise SolverError(
-            f"The backward solve of the adjoint failed: {_first_line(str(failure))}. "
+            f"The backward solve of the adjoint failed: {first_line(str(failure))}. "
             "Type solver.gradient=direct, or loosen solver.adjoint_atol and solver.adjoint_rtol."
         ) from failure
 
@@ -305,31 +305,3 @@ def _judged_warnings(method: str) -> Iterator[None]:
         warnings.filterwarnings("error", message="Functional iteration did not converge")
         warnings.filterwarnings("ignore", message="The following arguments have no effect")
         yield
-
-
-def _no_autocast(device_type: str) -> torch.autocast:
-    # State, log-det and error norm keep float32 or better; the right-hand side opens the
-    # autocast it wants by itself.
-    return torch.autocast(device_type, enabled=False)
-
-
-def _advice(reason: str) -> str:
-    if "start is not finite" in reason:
-        return "Look for NaN or infinities in the data, or lower optimiser.lr if they come from the parameters."
-    if "max_num_steps" in reason:
-        return "Raise solver.options.max_num_steps, loosen solver.atol and solver.rtol, or lower optimiser.lr."
-    return (
-        "The field is stiff or has exploded: lower optimiser.lr, type trainer.gradient_clip_val=1, use a smooth "
-        "activation (tanh, softplus), or loosen solver.atol and solver.rtol."
-    )
-
-
-def _first_line(text: str) -> str:
-    return (text.splitlines() or ["unknown reason"])[0][:160].rstrip(".")
-
-
-def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        closest = (difflib.get_close_matches(value, choices, n=1) or choices)[0]
-        typed = f"{option}.{closest}=..." if option == "solver.options" else f"{option}={closest}"
-        raise ConfigError(f"Expected {option} to be one of {', '.join(choices)}, got {value}. Type {typed}.")

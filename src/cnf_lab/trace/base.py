@@ -1,13 +1,38 @@
 """The seam of all divergence estimators."""
 
 from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cnf_lab.fields.base import Time, VectorField
 
-Probe = Tensor | None
+#: What :meth:`DivergenceEstimator.start` hands to every evaluation of a solve.
+Probe = Any
+
+
+class Linearised(NamedTuple):
+    r"""What an estimator learns of a field at one time and state.
+
+    Attributes:
+        value: dx/dt (batch, \*event).
+        div: The divergence or its estimate (batch,).
+        estimates: The independent estimates (k, batch) whose mean is ``div``; None where it is exact.
+        squared_norm: The squared Frobenius norm of the Jacobian or its estimate (batch,), from the
+            same products; None unless it was asked for.
+    """
+
+    value: Tensor
+    div: Tensor
+    estimates: Tensor | None = None
+    squared_norm: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> "Linearised":
+        """Return the same in another precision."""
+        estimates = None if self.estimates is None else self.estimates.to(dtype)
+        norm = None if self.squared_norm is None else self.squared_norm.to(dtype)
+        return Linearised(self.value.to(dtype), self.div.to(dtype), estimates, norm)
 
 
 class DivergenceEstimator(ABC):
@@ -20,16 +45,54 @@ class DivergenceEstimator(ABC):
 
     #: Whether the divergence is exact, so that a log-density needs no average over probes.
     exact: bool = False
+    #: Number of independent estimates whose mean is the divergence.
+    count: int = 1
 
-    def check(self, field: VectorField) -> None:
-        """Raise ConfigError where the estimator does not fit the field."""
+    def chosen_for(self, field: VectorField) -> "DivergenceEstimator":
+        """Return the estimator that a solve of this field uses: itself, unless it is there to choose.
+
+        Raises:
+            ConfigError: If the estimator does not fit the field.
+        """
+        return self
 
     @abstractmethod
-    def start(self, field: VectorField, x: Tensor, generator: torch.Generator | None) -> Probe:
-        """Draw the probe of one solve for the rows of x; None where nothing is random."""
+    def describe(self, field: VectorField) -> str:
+        """Say in some words what is done for a field, for the log."""
 
     @abstractmethod
+    def start(
+        self,
+        field: VectorField,
+        x: Tensor,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+        with_norm: bool = False,
+    ) -> Probe:
+        r"""Draw the probe of one solve, one per row of x.
+
+        Args:
+            field: The vector field.
+            x: State at the start (batch, \*event).
+            context: Conditioning (batch, features) or None.
+            generator: Source of the random numbers.
+            with_norm: Whether the Jacobian's squared norm is wanted as well.
+        """
+
+    @abstractmethod
+    def linearise(self, field: VectorField, t: Time, x: Tensor, context: Tensor | None, probe: Probe) -> Linearised:
+        r"""Evaluate a field and its divergence.
+
+        Args:
+            field: The vector field.
+            t: Time.
+            x: State (batch, \*event).
+            context: Conditioning (batch, features) or None.
+            probe: What :meth:`start` returned.
+        """
+
     def value_and_divergence(
         self, field: VectorField, t: Time, x: Tensor, context: Tensor | None, probe: Probe
     ) -> tuple[Tensor, Tensor]:
-        """Return dx/dt (batch, \\*event) and the divergence or its estimate (batch,)."""
+        r"""Return dx/dt (batch, \*event) and the divergence or its estimate (batch,)."""
+        return self.linearise(field, t, x, context, probe)[:2]

@@ -1,48 +1,128 @@
 """The exact divergence."""
 
+import math
+from typing import Any
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from cnf_lab.errors import ConfigError
 from cnf_lab.fields.base import Time, VectorField
-from cnf_lab.trace.base import DivergenceEstimator, Probe
+from cnf_lab.trace.base import DivergenceEstimator, Linearised, Probe
+from cnf_lab.trace.hutchinson import Rademacher, square
+
+GIBIBYTE = 2**30
 
 
 class Exact(DivergenceEstimator):
-    r"""The exact divergence: the field's closed form where it has one, else D tangents at once.
+    r"""The exact divergence: the field's closed form where it has one, else one pass per coordinate.
 
-    Without a closed form the D unit vectors go through the field in one batched forward-mode
-    pass, or in several of ``chunk`` tangents; only the diagonal of the Jacobian is kept.
+    Without a closed form the D coordinates go through the field in one batched pass, or in as
+    many as the memory budget asks for; only the diagonal of the Jacobian is kept. Where
+    gradients are wanted, the passes after the first are taken again on the way back instead of
+    being remembered.
+
+    The squared norm of the Jacobian is the estimate :math:`\lVert J v \rVert^2` with one
+    Rademacher probe; beside a closed form its product shares layers and slopes.
 
     Args:
-        chunk: Largest number of tangents per pass, to bound memory; None takes all D at once.
+        memory: Budget in GiB of one pass.
+        chunk: Coordinates per pass; None takes as many as the budget holds.
         closed_form: Whether a closed form is used where the field has one.
+
+    Raises:
+        ConfigError: If a number is out of range.
     """
 
     exact = True
 
-    def __init__(self, chunk: int | None = None, closed_form: bool = True) -> None:
+    def __init__(self, memory: float = 1.0, chunk: int | None = None, closed_form: bool = True) -> None:
         if chunk is not None and chunk < 1:
             raise ConfigError(f"Expected trace.chunk of at least 1 or null, got {chunk}. Type trace.chunk=null.")
-        self.chunk, self.closed_form = chunk, closed_form
+        if not memory > 0:
+            raise ConfigError(f"Expected trace.memory above 0 GiB, got {memory}. Type trace.memory=1.0.")
+        self.memory, self.chunk, self.closed_form = memory, chunk, closed_form
 
-    def start(self, field: VectorField, x: Tensor, generator: torch.Generator | None) -> Probe:
-        """Return None: nothing is random."""
-        return None
-
-    def value_and_divergence(
-        self, field: VectorField, t: Time, x: Tensor, context: Tensor | None, probe: Probe
-    ) -> tuple[Tensor, Tensor]:
-        """Return dx/dt and its exact divergence (batch,)."""
+    def describe(self, field: VectorField) -> str:
+        """Say which exact way a field takes."""
         if self.closed_form and field.has_closed_form:
-            return field.value_and_divergence(t, x, context)
+            return "exact, closed form"
+        return f"exact, {math.prod(field.event_shape)} coordinates in batched passes"
+
+    def start(
+        self,
+        field: VectorField,
+        x: Tensor,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+        with_norm: bool = False,
+    ) -> Probe:
+        """Return the number of coordinates per pass, and the probe of the norm where it is wanted."""
+        chunk = None
+        if not (self.closed_form and field.has_closed_form):
+            chunk = self.chunk or self._fitting(field, x, context)
+        return chunk, Rademacher()((1, *x.shape), x, generator) if with_norm else None
+
+    def linearise(self, field: VectorField, t: Time, x: Tensor, context: Tensor | None, probe: Probe) -> Linearised:
+        """Return dx/dt and its exact divergence; without a norm it needs no probe."""
+        chunk, vectors = self.start(field, x, context, None) if probe is None else probe
+        if chunk is None:
+            value, div, products = field.value_and_divergence(t, x, context, vectors)
+        else:
+            value, div = self._by_coordinates(field, t, x, context, chunk)
+            products = None if vectors is None else field.value_and_jvp(t, x, vectors, context)[1]
+        return Linearised(value, div, None, None if products is None else square(products)[0])
+
+    def _by_coordinates(
+        self, field: VectorField, t: Time, x: Tensor, context: Tensor | None, chunk: int
+    ) -> tuple[Tensor, Tensor]:
         event = x.shape[1:].numel()
-        units = torch.eye(event, dtype=x.dtype, device=x.device)
-        div = x.new_zeros(len(x))
-        for start in range(0, event, self.chunk or event):
-            tangents = units[start : start + (self.chunk or event)]
-            value, products = field.value_and_jvp(t, x, tangents.reshape(-1, 1, *x.shape[1:]), context)
-            # Entry (k, b) of the diagonal is d f_{start + k} / d x_{start + k} of row b.
-            rows = products.flatten(2)[:, :, start : start + len(tangents)]
-            div = div + rows.diagonal(dim1=0, dim2=2).sum(dim=-1)
+        value, div = field.value_and_partial_divergence(t, x, 0, min(chunk, event), context)
+        for start in range(chunk, event, chunk):
+            arguments = (field, t, x, start, min(start + chunk, event), context)
+            again = torch.is_grad_enabled()
+            div = div + (checkpoint(_partial, *arguments, use_reentrant=False) if again else _partial(*arguments))
         return value, div
+
+    def _fitting(self, field: VectorField, x: Tensor, context: Tensor | None) -> int:
+        event = x.shape[1:].numel()
+        tangent = numbers_per_row(field, x, context) * len(x) * x.element_size()
+        return max(1, min(event, int(self.memory * GIBIBYTE / tangent)))
+
+
+def _partial(field: VectorField, t: Time, x: Tensor, start: int, stop: int, context: Tensor | None) -> Tensor:
+    return field.value_and_partial_divergence(t, x, start, stop, context)[1]
+
+
+_MEASURED: WeakKeyDictionary[VectorField, float] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def numbers_per_row(field: VectorField, x: Tensor, context: Tensor | None) -> float:
+    """Return how many numbers an evaluation makes on its way for each row: a tangent makes as many.
+
+    Measured once per field, on three rows.
+    """
+    if field not in _MEASURED:
+        x, context = x[:3], None if context is None else context[:3]
+        with _Count(len(x)) as count:
+            field(x.new_zeros(()), x, context)
+        _MEASURED[field] = max(1.0, count.numbers / len(x))
+    return _MEASURED[field]
+
+
+class _Count(TorchDispatchMode):
+    """Counts the numbers that operations write for each row."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.numbers = rows, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.shape[:1] == (self.rows,) and out._base is None:
+            self.numbers += out.numel()
+        return out

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cnf_lab.errors import ConfigError, DataError
 from cnf_lab.flows import Flow
-from cnf_lab.ode import ADAPTIVE, TorchdiffeqSolver
+from cnf_lab.ode import ADAPTIVE, RungeKuttaSolver
 from cnf_lab.training.build import build_flow, plain
 
 CHECKPOINTS = ("best.ckpt", "last.ckpt")
@@ -85,7 +85,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def converged_solver(method: str, atol: float, rtol: float) -> TorchdiffeqSolver:
+def converged_solver(method: str, atol: float, rtol: float) -> RungeKuttaSolver:
     """Return an adaptive solver that holds every row to the tolerance.
 
     Args:
@@ -98,7 +98,7 @@ def converged_solver(method: str, atol: float, rtol: float) -> TorchdiffeqSolver
     """
     if method not in ADAPTIVE:
         raise ConfigError(f"Expected method to be one of {', '.join(ADAPTIVE)}, got {method}. Type method=dopri5.")
-    return TorchdiffeqSolver(method, atol, rtol, error_norm="example")
+    return RungeKuttaSolver(method, atol, rtol, error_norm="example")
 
 
 def find_checkpoint(path: str | Path) -> Path:

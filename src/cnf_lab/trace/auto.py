@@ -1,0 +1,75 @@
+"""The choice of an estimator by what the field offers."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from cnf_lab.fields.base import BottleneckField, Time, VectorField
+from cnf_lab.trace.base import DivergenceEstimator, Linearised, Probe
+from cnf_lab.trace.exact import Exact
+from cnf_lab.trace.hutchinson import Bottleneck, Gaussian, Hutchinson, Rademacher
+
+
+class Auto(DivergenceEstimator):
+    """The cheapest estimator without variance where it costs about as much as a probe, else the least noisy one.
+
+    1. A closed form is exact at the price of about one probe.
+    2. Few coordinates are pushed through all at once.
+    3. A bottleneck of at most a quarter of the event takes its probes there.
+    4. Anything else takes Hutchinson's estimate.
+
+    Args:
+        distribution: What probes are drawn from.
+        probes: Probes per example.
+        coordinates: Largest event that is taken coordinate by coordinate.
+        memory: Budget in GiB of the exact divergence.
+    """
+
+    def __init__(
+        self,
+        distribution: Rademacher | Gaussian,
+        probes: int = 1,
+        coordinates: int = 8,
+        memory: float = 1.0,
+    ) -> None:
+        self.distribution, self.probes, self.coordinates, self.memory = distribution, probes, coordinates, memory
+        Hutchinson(distribution, probes)  # refuses what is out of range
+        Exact(memory)
+
+    def chosen_for(self, field: VectorField) -> DivergenceEstimator:
+        """Return the estimator for a field."""
+        return self._choice(field)[0]
+
+    def describe(self, field: VectorField) -> str:
+        """Say what is chosen for a field, and why."""
+        choice, reason = self._choice(field)
+        return f"{choice.describe(field)} (trace=auto: {reason})"
+
+    def start(
+        self,
+        field: VectorField,
+        x: Tensor,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+        with_norm: bool = False,
+    ) -> Probe:
+        """Start the chosen estimator."""
+        return self.chosen_for(field).start(field, x, context, generator, with_norm)
+
+    def linearise(self, field: VectorField, t: Time, x: Tensor, context: Tensor | None, probe: Probe) -> Linearised:
+        """Evaluate with the chosen estimator."""
+        return self.chosen_for(field).linearise(field, t, x, context, probe)
+
+    def _choice(self, field: VectorField) -> tuple[DivergenceEstimator, str]:
+        event = math.prod(field.event_shape)
+        if field.has_closed_form:
+            return Exact(self.memory), "the field has a closed form"
+        if event <= self.coordinates:
+            return Exact(self.memory), f"{event} coordinates are few"
+        if isinstance(field, BottleneckField) and 4 * math.prod(field.bottleneck_shape) <= event:
+            return Bottleneck(self.distribution, self.probes), "the field has a narrow bottleneck"
+        return (
+            Hutchinson(self.distribution, self.probes),
+            f"the field has no closed form, and {event} coordinates would cost {event} tangents",
+        )
