@@ -1,5 +1,6 @@
 """The seam of all vector fields, and forward-mode differentiation of any of them."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -64,20 +65,28 @@ class VectorField(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no closed form of its divergence")
 
+    @property
+    def divergence_tangents(self) -> int:
+        """Number of tangents of an exact divergence without a closed form: one per coordinate.
+
+        Fewer where a tangent serves several coordinates that do not touch each other.
+        """
+        return math.prod(self.event_shape)
+
     def value_and_partial_divergence(
         self, t: Time, x: Tensor, start: int, stop: int, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        r"""Return dx/dt and the sum of :math:`\partial f_i / \partial x_i` over some coordinates.
+        r"""Return dx/dt and what some of the :attr:`divergence_tangents` give of the divergence.
 
         Args:
             t: Time.
             x: State (batch, \*event).
-            start: First coordinate of the flattened event.
-            stop: The coordinate after the last.
+            start: The first tangent.
+            stop: The tangent after the last.
             context: Conditioning (batch, features) or None.
 
         Returns:
-            The value (batch, \*event) and the sum (batch,).
+            The value (batch, \*event) and the part of the divergence (batch,).
         """
         units = torch.eye(stop - start, x.shape[1:].numel(), dtype=x.dtype, device=x.device).roll(start, 1)
         products = self.value_and_jvp if self.forward_mode else self.value_and_vjp

@@ -53,8 +53,9 @@ class AffineMap(NamedTuple):
         if self.gate is not None:
             y = y * self.gate
         if self.low_rank is not None:
-            # (..., rows, in) -> (..., batch, 1, in), so that matmul takes each row's own factors.
-            y = y + (v.unsqueeze(-2) @ self.low_rank[0] @ self.low_rank[1]).squeeze(-2)
+            # All tangents of a row in one product with that row's factors.
+            inner = torch.einsum("...bi,bir->...br", v, self.low_rank[0])
+            y = y + torch.einsum("...br,bro->...bo", inner, self.low_rank[1])
         return y
 
     def modulated(self, gate: Tensor, shift: Tensor) -> "AffineMap":

@@ -35,6 +35,9 @@ class Stack(nn.Module):
         spectral_norm: Whether every weight matrix is divided by its largest singular value.
     """
 
+    #: Whether all rows have the same weights at a scalar time.
+    shared: bool = True
+
     def __init__(
         self,
         sizes: Sequence[int],
@@ -128,8 +131,8 @@ def closed_form_divergence(maps: Sequence[AffineMap], slopes: Sequence[Tensor]) 
     if len(slopes) == 1:
         diagonal = (first.weight * last.weight.mT).sum(dim=1)  # of W1 W2, (H,)
         div = gated[0] @ diagonal
-        if first.low_rank is not None and last.low_rank is not None:
-            div = div + (slopes[0] * _low_rank_diagonal(first, last)).sum(dim=-1)
+        if own := _low_rank_diagonals(first, last):
+            div = div + (slopes[0] * sum(own)).sum(dim=-1)
         return div
     matrix = maps[1].weight * (first.weight @ last.weight).mT
     # The last sum in the slopes' precision at least: under autocast a sum of H terms would lose digits.
@@ -142,57 +145,32 @@ def _gated(maps: Sequence[AffineMap], slopes: Sequence[Tensor]) -> list[Tensor]:
     return [slope if affine.gate is None else slope * affine.gate for affine, slope in pairs]
 
 
-def _low_rank_diagonal(first: AffineMap, last: AffineMap) -> Float[Tensor, "batch units"]:
-    """Return what low-rank parts add to diag(W1 W2) of each row: diag((W1 + V1' U1') (W2 + V2' U2')) less it."""
-    (u1, v1), (u2, v2) = first.low_rank, last.low_rank  # type: ignore[misc]
-    w1, w2 = first.weight, last.weight  # (H, D), (D, H)
-    own_first = (v1 * (u1.mT @ w2)).sum(dim=1)  # (batch, H)
-    own_last = ((w1 @ v2.mT).mT * u2.mT).sum(dim=1)
-    both = (v1 * ((u1.mT @ v2.mT) @ u2.mT)).sum(dim=1)
-    return own_first + (own_last if first.gate is None else first.gate * own_last) + both
+def _low_rank_diagonals(first: AffineMap, last: AffineMap) -> list[Float[Tensor, "batch units"]]:
+    """Return the terms that low-rank parts add to diag((g W1 + V1' U1') (W2 + V2' U2')), none without any."""
+    parts = []
+    if first.low_rank is not None:
+        u1, v1 = first.low_rank
+        parts.append((v1 * (u1.mT @ last.weight)).sum(dim=1))
+    if last.low_rank is not None:
+        u2, v2 = last.low_rank
+        own = ((first.weight @ v2.mT) * u2).sum(dim=2)
+        parts.append(own if first.gate is None else first.gate * own)
+    if first.low_rank is not None and last.low_rank is not None:
+        parts.append((v1 * ((u1.mT @ v2.mT) @ u2.mT)).sum(dim=1))
+    return parts
 
 
-class Mlp(VectorField):
-    r"""A multilayer perceptron of x with time-conditioned layers.
+class StackField(VectorField):
+    r"""A field that is one stack of layers: what follows from the layers' affine maps.
 
     With one or two hidden layers the divergence has a closed form, :func:`closed_form_divergence`:
-    one extra product with a matrix of the size of :math:`W_2`, which depends on time only.
-
-    Args:
-        event_shape: Shape of one event, (D,).
-        hidden: Widths of the hidden layers.
-        layer: Kind of time-conditioned layer.
-        activation: Nonlinearity between the layers.
-        context_features: Size of the conditioning context; 0 for none.
-        subtract_identity: Whether the field is f(t, x) - x, whose divergence is smaller by exactly D.
-        spectral_norm: Whether every weight matrix is divided by its largest singular value.
-
-    Raises:
-        ConfigError: If there is no hidden layer or the data are not rows.
+    one extra product with a matrix of the size of :math:`W_2`, which depends on time only. Where
+    rows have weights of their own it has one with a single hidden layer.
     """
 
-    def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        hidden: Sequence[int],
-        layer: type[TimeLinear],
-        activation: type[Activation],
-        context_features: int = 0,
-        subtract_identity: bool = False,
-        spectral_norm: bool = False,
-    ) -> None:
-        super().__init__(event_shape)
-        _check_hidden(hidden)
-        features = event_shape[0]
-        self.unit_time = layer.unit_time
-        self.subtract_identity = subtract_identity
-        self.stack = Stack(
-            [features, *hidden, features],
-            layer,
-            activation,
-            context_features=context_features,
-            spectral_norm=spectral_norm,
-        )
+    stack: Stack
+    #: Whether the field is the stack less x, whose divergence is smaller by exactly D.
+    subtract_identity: bool = False
 
     def forward(self, t: Time, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return dx/dt (batch, D)."""
@@ -201,8 +179,8 @@ class Mlp(VectorField):
 
     @property
     def has_closed_form(self) -> bool:
-        """True with one or two hidden layers."""
-        return len(self.stack.layers) <= 3
+        """True with one or two hidden layers; with one where rows have weights of their own."""
+        return len(self.stack.layers) <= (3 if self.stack.shared else 2)
 
     def value_and_divergence(
         self, t: Time, x: Tensor, context: Tensor | None = None, tangents: Tensor | None = None
@@ -232,8 +210,9 @@ class Mlp(VectorField):
         two products of the batch with matrices that depend on time only, and no mask of the
         batch for each coordinate and layer.
         """
+        layers = self.stack.layers
         # The matrices have a row per unit: they pay when there are more rows than units.
-        if len(self.stack.layers) != 4 or len(x) < max(layer.in_features for layer in self.stack.layers):
+        if not self.stack.shared or len(layers) != 4 or len(x) < max(layer.in_features for layer in layers):
             return super().value_and_partial_divergence(t, x, start, stop, context)
         maps = self.stack.maps(t, context)
         value, slopes = self.stack.value_and_slopes(maps, x)
@@ -251,6 +230,46 @@ class Mlp(VectorField):
         """Return dx/dt and Jacobian-vector products without an autograd transform."""
         value, products = self.stack.value_and_jvp(self.stack.maps(t, context), x, tangents)
         return (value - x, products - tangents) if self.subtract_identity else (value, products)
+
+
+class Mlp(StackField):
+    """A multilayer perceptron of x with time-conditioned layers.
+
+    Args:
+        event_shape: Shape of one event, (D,).
+        hidden: Widths of the hidden layers.
+        layer: Kind of time-conditioned layer.
+        activation: Nonlinearity between the layers.
+        context_features: Size of the conditioning context; 0 for none.
+        subtract_identity: Whether the field is f(t, x) - x, whose divergence is smaller by exactly D.
+        spectral_norm: Whether every weight matrix is divided by its largest singular value.
+
+    Raises:
+        ConfigError: If there is no hidden layer or the data are not rows.
+    """
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        hidden: Sequence[int],
+        layer: type[TimeLinear],
+        activation: type[Activation],
+        context_features: int = 0,
+        subtract_identity: bool = False,
+        spectral_norm: bool = False,
+    ) -> None:
+        super().__init__(event_shape)
+        check_hidden(hidden)
+        features = event_shape[0]
+        self.unit_time = layer.unit_time
+        self.subtract_identity = subtract_identity
+        self.stack = Stack(
+            [features, *hidden, features],
+            layer,
+            activation,
+            context_features=context_features,
+            spectral_norm=spectral_norm,
+        )
 
 
 class EncoderDecoder(BottleneckField):
@@ -281,7 +300,7 @@ class EncoderDecoder(BottleneckField):
         spectral_norm: bool = False,
     ) -> None:
         super().__init__(event_shape)
-        _check_hidden(hidden)
+        check_hidden(hidden)
         self.unit_time = layer.unit_time
         sizes = [event_shape[0], *hidden, event_shape[0]]
         cut = len(hidden) // 2 + 1
@@ -303,7 +322,8 @@ class EncoderDecoder(BottleneckField):
         return self.decoder(t, h, context)
 
 
-def _check_hidden(hidden: Sequence[int]) -> None:
+def check_hidden(hidden: Sequence[int]) -> None:
+    """Refuse widths of which there are none or which are not positive."""
     if not hidden or min(hidden) < 1:
         raise ConfigError(
             f"Expected architecture.hidden with at least one positive width, got {list(hidden)}. "

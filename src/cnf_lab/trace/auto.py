@@ -15,14 +15,14 @@ class Auto(DivergenceEstimator):
     """The cheapest estimator without variance where it costs about as much as a probe, else the least noisy one.
 
     1. A closed form is exact at the price of about one probe.
-    2. Few coordinates are pushed through all at once.
+    2. A few tangents cost little more.
     3. A bottleneck of at most a quarter of the event takes its probes there.
     4. Anything else takes Hutchinson's estimate.
 
     Args:
         distribution: What probes are drawn from.
         probes: Probes per example.
-        coordinates: Largest event that is taken coordinate by coordinate.
+        tangents: Most tangents that an exact divergence may take.
         memory: Budget in GiB of the exact divergence.
     """
 
@@ -30,10 +30,10 @@ class Auto(DivergenceEstimator):
         self,
         distribution: Rademacher | Gaussian,
         probes: int = 1,
-        coordinates: int = 8,
+        tangents: int = 8,
         memory: float = 1.0,
     ) -> None:
-        self.distribution, self.probes, self.coordinates, self.memory = distribution, probes, coordinates, memory
+        self.distribution, self.probes, self.tangents, self.memory = distribution, probes, tangents, memory
         Hutchinson(distribution, probes)  # refuses what is out of range
         Exact(memory)
 
@@ -65,11 +65,11 @@ class Auto(DivergenceEstimator):
         event = math.prod(field.event_shape)
         if field.has_closed_form:
             return Exact(self.memory), "the field has a closed form"
-        if event <= self.coordinates:
-            return Exact(self.memory), f"{event} coordinates are few"
+        if field.divergence_tangents <= self.tangents:
+            return Exact(self.memory), f"{field.divergence_tangents} tangents are few"
         if isinstance(field, BottleneckField) and 4 * math.prod(field.bottleneck_shape) <= event:
             return Bottleneck(self.distribution, self.probes), "the field has a narrow bottleneck"
         return (
             Hutchinson(self.distribution, self.probes),
-            f"the field has no closed form, and {event} coordinates would cost {event} tangents",
+            f"the field has no closed form, and an exact divergence would take {field.divergence_tangents} tangents",
         )

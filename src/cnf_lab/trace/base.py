@@ -51,6 +51,9 @@ class DivergenceEstimator(ABC):
     def chosen_for(self, field: VectorField) -> "DivergenceEstimator":
         """Return the estimator that a solve of this field uses: itself, unless it is there to choose.
 
+        Args:
+            field: The vector field.
+
         Raises:
             ConfigError: If the estimator does not fit the field.
         """

@@ -1,6 +1,5 @@
 """The exact divergence."""
 
-import math
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,19 +17,19 @@ GIBIBYTE = 2**30
 
 
 class Exact(DivergenceEstimator):
-    r"""The exact divergence: the field's closed form where it has one, else one pass per coordinate.
+    r"""The exact divergence: the field's closed form where it has one, else a tangent per coordinate.
 
-    Without a closed form the D coordinates go through the field in one batched pass, or in as
-    many as the memory budget asks for; only the diagonal of the Jacobian is kept. Where
-    gradients are wanted, the passes after the first are taken again on the way back instead of
-    being remembered.
+    Without a closed form all tangents (one per coordinate, or fewer, for a convolution) go
+    through the field in one batched pass, or in as many as the memory budget asks for; only the
+    diagonal of the Jacobian is kept. Where gradients are wanted, the passes after the first are
+    taken again on the way back instead of being remembered.
 
     The squared norm of the Jacobian is the estimate :math:`\lVert J v \rVert^2` with one
     Rademacher probe; beside a closed form its product shares layers and slopes.
 
     Args:
         memory: Budget in GiB of one pass.
-        chunk: Coordinates per pass; None takes as many as the budget holds.
+        chunk: Tangents per pass; None takes as many as the budget holds.
         closed_form: Whether a closed form is used where the field has one.
 
     Raises:
@@ -50,7 +49,7 @@ class Exact(DivergenceEstimator):
         """Say which exact way a field takes."""
         if self.closed_form and field.has_closed_form:
             return "exact, closed form"
-        return f"exact, {math.prod(field.event_shape)} coordinates in batched passes"
+        return f"exact, {field.divergence_tangents} tangents"
 
     def start(
         self,
@@ -60,7 +59,7 @@ class Exact(DivergenceEstimator):
         generator: torch.Generator | None,
         with_norm: bool = False,
     ) -> Probe:
-        """Return the number of coordinates per pass, and the probe of the norm where it is wanted."""
+        """Return the number of tangents per pass, and the probe of the norm where it is wanted."""
         chunk = None
         if not (self.closed_form and field.has_closed_form):
             chunk = self.chunk or self._fitting(field, x, context)
@@ -72,25 +71,24 @@ class Exact(DivergenceEstimator):
         if chunk is None:
             value, div, products = field.value_and_divergence(t, x, context, vectors)
         else:
-            value, div = self._by_coordinates(field, t, x, context, chunk)
+            value, div = self._by_tangents(field, t, x, context, chunk)
             products = None if vectors is None else field.value_and_jvp(t, x, vectors, context)[1]
         return Linearised(value, div, None, None if products is None else square(products)[0])
 
-    def _by_coordinates(
+    def _by_tangents(
         self, field: VectorField, t: Time, x: Tensor, context: Tensor | None, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        event = x.shape[1:].numel()
-        value, div = field.value_and_partial_divergence(t, x, 0, min(chunk, event), context)
-        for start in range(chunk, event, chunk):
-            arguments = (field, t, x, start, min(start + chunk, event), context)
+        tangents = field.divergence_tangents
+        value, div = field.value_and_partial_divergence(t, x, 0, min(chunk, tangents), context)
+        for start in range(chunk, tangents, chunk):
+            arguments = (field, t, x, start, min(start + chunk, tangents), context)
             again = torch.is_grad_enabled()
             div = div + (checkpoint(_partial, *arguments, use_reentrant=False) if again else _partial(*arguments))
         return value, div
 
     def _fitting(self, field: VectorField, x: Tensor, context: Tensor | None) -> int:
-        event = x.shape[1:].numel()
         tangent = numbers_per_row(field, x, context) * len(x) * x.element_size()
-        return max(1, min(event, int(self.memory * GIBIBYTE / tangent)))
+        return max(1, min(field.divergence_tangents, int(self.memory * GIBIBYTE / tangent)))
 
 
 def _partial(field: VectorField, t: Time, x: Tensor, start: int, stop: int, context: Tensor | None) -> Tensor:
