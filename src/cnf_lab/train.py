@@ -13,9 +13,11 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cnf_lab.data import FlowDataModule
 from cnf_lab.errors import ConfigError
+from cnf_lab.flows import Flow, continuous_blocks
 from cnf_lab.models import FlowModule
 from cnf_lab.training import tracking
 from cnf_lab.training.build import (
+    build,
     build_data,
     build_flow,
     build_module,
@@ -79,7 +81,7 @@ def train(config: DictConfig) -> float:
     finally:
         tracking.finish(failed)
     if trainer.is_global_zero:
-        report(config, data, metrics, folder)
+        report(config, data, flow, metrics, folder)
     return metrics.get(module.monitor, math.inf)
 
 
@@ -155,16 +157,17 @@ def load_best(module: FlowModule, trainer: pl.Trainer) -> None:
         module.load_state_dict(load_checkpoint(best)["state_dict"])
 
 
-def report(config: DictConfig, data: FlowDataModule, metrics: dict[str, float], folder: Path) -> None:
+def report(config: DictConfig, data: FlowDataModule, flow: Flow, metrics: dict[str, float], folder: Path) -> None:
     """Write metrics.json and say where the run ended."""
     (folder / "FAILED").unlink(missing_ok=True)
-    training_solver, solver = build_solvers(config.solver)
+    solver = build_solvers(config.solver)[1]
     context = {
         "unit": data.unit,
         "data": data.describe(),
         "solver": solver.describe(),
         "trace": plain(config.model.evaluation_trace),
-        "training": {"solver": training_solver.describe(), "trace": plain(config.trace)},
+        # As it was at the end: the guard may have tightened it.
+        "training": {"solver": continuous_blocks(flow)[0].solver.describe(), "trace": plain(config.trace)},
         "seed": config.seed,
         **environment(),
     }
@@ -180,12 +183,14 @@ def report(config: DictConfig, data: FlowDataModule, metrics: dict[str, float], 
     log.info("run folder %s", folder)
 
 
-def announce(config: DictConfig, data: FlowDataModule, flow: torch.nn.Module, folder: Path) -> None:
+def announce(config: DictConfig, data: FlowDataModule, flow: Flow, folder: Path) -> None:
     """Say what is about to run."""
     rows = ", ".join(f"{count:,} {split}" for split, count in data.describe()["rows"].items())
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     log.info("%s: events %s, rows %s", data.name, tuple(data.event_shape), rows)
     log.info("model %s with %s parameters; run folder %s", config.model.name, f"{parameters:,}", folder)
+    for block in continuous_blocks(flow)[:1]:  # the fields of all blocks are of one kind
+        log.info("divergence in training: %s", build(config.trace, "trace").describe(block.field))
     for note in data.notes:
         log.warning("%s", note)
 

@@ -8,6 +8,7 @@ from cnf_lab.flows.base import Transform as Transform
 from cnf_lab.flows.base import UnconditionalTransform as UnconditionalTransform
 from cnf_lab.flows.base_distribution import StandardNormal as StandardNormal
 from cnf_lab.flows.continuous import ContinuousFlow as ContinuousFlow
+from cnf_lab.flows.continuous import continuous_blocks as continuous_blocks
 from cnf_lab.flows.density import density_flow as density_flow
 from cnf_lab.flows.normalisation import ActNorm as ActNorm
 from cnf_lab.flows.normalisation import MovingBatchNorm as MovingBatchNorm

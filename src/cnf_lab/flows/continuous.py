@@ -198,6 +198,11 @@ class _Dynamics:
         return _scaled((found.value, found.div, *integrals, *estimates), rate)
 
 
+def continuous_blocks(module: nn.Module) -> list[ContinuousFlow]:
+    """Return the continuous flows below a module, from data to latent."""
+    return [part for part in module.modules() if isinstance(part, ContinuousFlow)]
+
+
 def standard_error(estimates: Tensor) -> Tensor:
     """Return the standard error of the mean of k estimates, (k, batch) to (batch,)."""
     return estimates.std(dim=0) / math.sqrt(len(estimates))

@@ -2,13 +2,14 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 State = tuple[Tensor, ...]
+TIGHTEST = 1e-7  # below, the local error is round-off of float32
 #: What a right-hand side depends on besides time and state, fixed over a solve.
 Arguments = tuple[Any, ...]
 #: (t, state, *arguments) -> the state's derivative.
@@ -92,6 +93,21 @@ class OdeSolver(ABC):
     def tightened(self) -> "OdeSolver | None":
         """Return a solver with about a tenth of the error, or None where there is none."""
         return None
+
+
+def tighter_options(
+    adaptive: bool, atol: float, rtol: float, steps: int | None, options: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return the options of a solver with a tenth of the tolerances, or with twice the steps.
+
+    None where the tolerances have come down to float32's round-off.
+    """
+    if adaptive:
+        tenths = {"atol": max(atol / 10, TIGHTEST), "rtol": max(rtol / 10, TIGHTEST)}
+        return None if max(atol, rtol) <= TIGHTEST else tenths
+    if steps is not None:
+        return {"steps": 2 * steps}
+    return {"options": {**options, "step_size": options["step_size"] / 2}}
 
 
 def differentiated(arguments: Arguments, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -33,16 +33,16 @@ from cnf_lab.ode.base import (
     SolveStats,
     State,
     differentiated,
+    tighter_options,
     without_autocast,
 )
 from cnf_lab.ode.failures import check_choice, solve_failure
 from cnf_lab.ode.tableaus import EMBEDDED, TABLEAUS, Tableau
-from cnf_lab.ode.torchdiffeq import ERROR_NORMS, TorchdiffeqSolver
+from cnf_lab.ode.torchdiffeq import CONSTRUCTOR, ERROR_NORMS, TorchdiffeqSolver
 
 GRADIENTS = ("direct", "checkpoint", "adjoint")
 ADAPTIVE_OPTIONS = ("min_step", "max_step", "first_step", "safety", "ifactor", "dfactor", "max_num_steps", "step_t")
 FIXED_OPTIONS = ("step_size",)
-TIGHTEST = 1e-7  # below, the local error is round-off of float32
 
 
 class RungeKuttaSolver(OdeSolver):
@@ -136,26 +136,16 @@ class RungeKuttaSolver(OdeSolver):
 
     def changed(self, **options: Any) -> "RungeKuttaSolver":
         """Return the same solver with other options of its constructor."""
-        names = ("method", "atol", "rtol", "steps", "error_norm", "gradient", "compile", "options")
-        adjoint = ("adjoint_atol", "adjoint_rtol", "adjoint_seminorm")
-        return RungeKuttaSolver(**{name: getattr(self, name) for name in names + adjoint} | options)
+        return RungeKuttaSolver(**{name: getattr(self, name) for name in (*CONSTRUCTOR, "compile")} | options)
 
     def eager(self) -> "RungeKuttaSolver":
         """Return the same solver without compilation."""
         return self.changed(compile=False) if self.compile else self
 
     def tightened(self) -> "RungeKuttaSolver | None":
-        """Return the solver with a tenth of the tolerances, or with twice the steps.
-
-        None where the tolerances have come down to float32's round-off.
-        """
-        if self.adaptive:
-            if max(self.atol, self.rtol) <= TIGHTEST:
-                return None
-            return self.changed(atol=max(self.atol / 10, TIGHTEST), rtol=max(self.rtol / 10, TIGHTEST))
-        if self.steps is not None:
-            return self.changed(steps=2 * self.steps)
-        return self.changed(options={"step_size": self.options["step_size"] / 2})
+        """Return the solver with a tenth of the tolerances, or with twice the steps."""
+        tighter = tighter_options(self.adaptive, self.atol, self.rtol, self.steps, self.options)
+        return None if tighter is None else self.changed(**tighter)
 
     def solve(
         self,

@@ -24,6 +24,7 @@ from cnf_lab.ode.base import (
     batch_error_norm,
     differentiated,
     example_error_norm,
+    tighter_options,
     without_autocast,
 )
 from cnf_lab.ode.failures import check_choice, first_line, solve_failure
@@ -45,6 +46,10 @@ OPTIONS = {
     SCIPY: ("solver", "min_step", "max_step"),
 }  # fmt: skip
 TEXTS = ("solver", "interp", "perturb", "step_t", "jump_t")  # options that are no single number
+CONSTRUCTOR = (
+    "method", "atol", "rtol", "steps", "error_norm", "gradient", "options",
+    "adjoint_atol", "adjoint_rtol", "adjoint_seminorm",
+)  # fmt: skip
 ERROR_NORMS = {"batch": batch_error_norm, "example": example_error_norm}
 
 
@@ -132,6 +137,15 @@ class TorchdiffeqSolver(OdeSolver):
         if self.method in FIXED_GRID:
             return common if self.steps is None else {**common, "steps": self.steps}
         return {**common, "atol": self.atol, "rtol": self.rtol, "error_norm": self.error_norm}
+
+    def changed(self, **options: Any) -> "TorchdiffeqSolver":
+        """Return the same solver with other options of its constructor."""
+        return TorchdiffeqSolver(**{name: getattr(self, name) for name in CONSTRUCTOR} | options)
+
+    def tightened(self) -> "TorchdiffeqSolver | None":
+        """Return the solver with a tenth of the tolerances, or with twice the steps."""
+        tighter = tighter_options(self.method not in FIXED_GRID, self.atol, self.rtol, self.steps, self.options)
+        return None if tighter is None else self.changed(**tighter)
 
     def solve(
         self,
