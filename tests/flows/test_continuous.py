@@ -21,9 +21,10 @@ from cnf_lab.fields import (
     Tanh,
     VectorField,
 )
+from cnf_lab.fields.spectral import SpectralNorm
 from cnf_lab.flows import Chain, ContinuousFlow, Flow, Integrand, MovingBatchNorm, StandardNormal
 from cnf_lab.ode import RungeKuttaSolver
-from cnf_lab.trace import Exact, Gaussian, Hutchinson, Rademacher
+from cnf_lab.trace import Exact, Gaussian, Hutchinson, HutchPlusPlus, Rademacher
 
 TIGHT = RungeKuttaSolver("dopri5", 1e-9, 1e-9)
 
@@ -359,3 +360,41 @@ def test_low_precision_leaves_the_singular_vectors_alone():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         flow.pull_back(torch.randn(5, 3))
     assert all(buffer.dtype == torch.float32 for buffer in flow.buffers())
+
+
+@pytest.mark.parametrize("estimator", [Hutchinson(Gaussian(), 32), HutchPlusPlus(Gaussian(), 1, 32)])
+def test_spread_of_the_estimates_gives_the_error_of_the_log_det(field, estimator):
+    """The true log-det lies within 3 standard errors for almost every row, and the errors are not idle."""
+    x = torch.randn(400, 3, dtype=torch.float64)
+    block = ContinuousFlow(field, TIGHT, estimator).eval()
+    truth = ContinuousFlow(field, TIGHT, Exact()).eval().pull_back(x)
+    mapped = block.pull_back(x, generator=torch.Generator().manual_seed(0))
+    score = (mapped.log_det - truth.log_det) / mapped.log_det_error
+    assert truth.log_det_error is None
+    assert (score.abs() < 3).double().mean() > 0.95
+    assert (score.abs() < 1).double().mean() < 0.85
+    single = block.train().pull_back(x, generator=torch.Generator().manual_seed(0))
+    assert single.log_det_error is None, "training integrates no spread"
+    torch.testing.assert_close(single.log_det, mapped.log_det, rtol=1e-9, atol=1e-9)
+
+
+def test_errors_of_blocks_add_in_quadrature_and_one_probe_has_none(field):
+    x = torch.randn(5, 3, dtype=torch.float64)
+    many, one = (ContinuousFlow(field, TIGHT, Hutchinson(Gaussian(), probes)) for probes in (4, 1))
+    exact = ContinuousFlow(field, TIGHT, Exact())
+    chain = Chain([exact, many, many]).eval()
+    generator = torch.Generator().manual_seed(0)
+    first = many.pull_back(exact.pull_back(x).value, generator=generator)
+    second = many.pull_back(first.value, generator=generator)
+    total = chain.pull_back(x, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(total.log_det_error, torch.hypot(first.log_det_error, second.log_det_error))
+    assert Chain([many, one]).eval().pull_back(x).log_det_error.isnan().all()
+
+
+def test_spectrally_normalised_weights_are_computed_once_per_solve(monkeypatch):
+    field = Mlp((3,), [8, 8], ConcatSquash, Tanh, spectral_norm=True)
+    calls, forward = [], SpectralNorm.forward
+    monkeypatch.setattr(SpectralNorm, "forward", lambda self, weight: calls.append(0) or forward(self, weight))
+    ContinuousFlow(field, RungeKuttaSolver("rk4", steps=4), Exact()).pull_back(torch.randn(5, 3))
+    normalised = sum(isinstance(part, SpectralNorm) for part in field.modules())
+    assert len(calls) == normalised > 0

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from cnf_lab.errors import ConfigError, SolverError
-from cnf_lab.ode import TorchdiffeqSolver, backward_failures
+from cnf_lab.ode import RungeKuttaSolver, TorchdiffeqSolver, backward_failures
 from cnf_lab.ode.torchdiffeq import ADAPTIVE
 
+BOTH = [RungeKuttaSolver, TorchdiffeqSolver]
 START = torch.tensor([[5.0, -3.0], [0.1, 20.0]], dtype=torch.float64)
 FAILURE = re.compile(
     r"The solve with \w+ failed at t = (?P<t>\S+) \(step size (?P<step>[^,]+), "
@@ -49,10 +50,11 @@ def decay(t, x):
     return -x
 
 
+@pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("method", ADAPTIVE)
 @pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (1.0, 0.0)], ids=["forward", "backward"])
-def test_exploding_adaptive_solve(method, t0, t1):
-    parts = failure(TorchdiffeqSolver(method, 1e-4, 1e-3), lambda t, x: (t1 - t0) * x**3, t0=t0, t1=t1)
+def test_exploding_adaptive_solve(kind, method, t0, t1):
+    parts = failure(kind(method, 1e-4, 1e-3), lambda t, x: (t1 - t0) * x**3, t0=t0, t1=t1)
     assert abs(float(parts["t"]) - t0) < 1 / 500
     assert float(parts["step"]) < 1e-3
     assert int(parts["evaluations"]) > 2
@@ -61,9 +63,13 @@ def test_exploding_adaptive_solve(method, t0, t1):
     assert "optimiser.lr" in parts["advice"]
 
 
-@pytest.mark.parametrize("method", ["euler", "rk4", "explicit_adams", "implicit_adams"])
-def test_exploding_fixed_grid_solve(method):
-    parts = failure(TorchdiffeqSolver(method, steps=16), explode)
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(kind, method) for kind in BOTH for method in ("euler", "rk4")]
+    + [(TorchdiffeqSolver, "explicit_adams"), (TorchdiffeqSolver, "implicit_adams")],
+)
+def test_exploding_fixed_grid_solve(kind, method):
+    parts = failure(kind(method, steps=16), explode)
     assert 0 <= float(parts["t"]) < 1
     assert float(parts["step"]) == 1 / 16
     assert int(parts["evaluations"]) > 0
@@ -81,8 +87,11 @@ def test_exploding_scipy_solve(scipy_method):
 @pytest.mark.parametrize(
     "solver",
     [
-        pytest.param(TorchdiffeqSolver("dopri5"), id="dopri5"),
-        pytest.param(TorchdiffeqSolver("rk4", steps=8), id="rk4"),
+        pytest.param(RungeKuttaSolver("dopri5"), id="dopri5"),
+        pytest.param(RungeKuttaSolver("rk4", steps=8), id="rk4"),
+        pytest.param(RungeKuttaSolver("dopri5", gradient="checkpoint"), id="checkpoint"),
+        pytest.param(TorchdiffeqSolver("dopri5"), id="dopri5-torchdiffeq"),
+        pytest.param(TorchdiffeqSolver("rk4", steps=8), id="rk4-torchdiffeq"),
         pytest.param(TorchdiffeqSolver("scipy_solver", gradient="adjoint"), id="scipy"),
     ],
 )
@@ -91,18 +100,20 @@ def test_field_that_turns_into_nan(solver):
     assert "optimiser.lr" in parts["advice"]
 
 
+@pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_start_that_is_not_finite(value):
+def test_start_that_is_not_finite(kind, value):
     start = START.clone()
     start[1, 0] = value
-    parts = failure(TorchdiffeqSolver("dopri5"), decay, start)
+    parts = failure(kind("dopri5"), decay, start)
     assert parts["evaluations"] == "0"
     assert parts["reason"] == "the state at the start is not finite"
     assert parts["advice"].startswith("Look for NaN or infinities in the data")
 
 
-def test_too_many_steps():
-    parts = failure(TorchdiffeqSolver("dopri5", 1e-9, 1e-9, options={"max_num_steps": 3}), decay)
+@pytest.mark.parametrize("kind", BOTH)
+def test_too_many_steps(kind):
+    parts = failure(kind("dopri5", 1e-9, 1e-9, options={"max_num_steps": 3}), decay)
     assert 0 < float(parts["t"]) < 1
     assert parts["reason"].startswith("max_num_steps exceeded")
     assert parts["advice"].startswith("Raise solver.options.max_num_steps")
@@ -170,6 +181,36 @@ def test_errors_of_the_field_keep_their_own_traceback():
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_wrong_options_are_refused(arguments, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        TorchdiffeqSolver(**arguments)
-    assert "\n" not in str(caught.value)
+    kinds = [TorchdiffeqSolver] if arguments["method"] == "scipy_solver" else BOTH
+    for kind in kinds:
+        with pytest.raises(ConfigError, match=message) as caught:
+            kind(**arguments)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gradient": "chekpoint"}, r"got chekpoint\. Type solver\.gradient=checkpoint\."),
+        ({"method": "implicit_adams", "steps": 8}, r"Expected solver\.method to be one of .*, got implicit_adams\."),
+        ({"compile": "fast"}, r"Expected solver\.compile to be one of default, .*, got fast\."),
+        ({"compile": True, "gradient": "adjoint"}, r"with solver\.compile, .* Type solver\.gradient=checkpoint\."),
+        ({"options": {"jump_t": [0.5]}}, r"solver\.options .* got jump_t\."),
+    ],
+)
+def test_wrong_options_of_our_own_solver_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        RungeKuttaSolver(**{"method": "dopri5", **arguments})
+
+
+def test_a_step_into_infinity_is_tried_again_smaller():
+    """The root has no value below 0, where a first step of 1 would look."""
+    start = torch.full((1, 1), 0.25, dtype=torch.float64)
+
+    def root(t, state):
+        return -state[0].sqrt(), torch.zeros_like(state[1])
+
+    solver = RungeKuttaSolver("dopri5", 1e-6, 1e-6, options={"first_step": 1.0})
+    (x, _), stats = solver.solve(root, (start, start.new_zeros(1)), 0.0, 0.9)
+    assert stats.rejected_steps > 0
+    torch.testing.assert_close(x, (start.sqrt() - 0.45).square(), rtol=1e-4, atol=1e-6)

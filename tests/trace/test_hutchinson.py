@@ -7,7 +7,7 @@ from cnf_lab.errors import ConfigError
 from cnf_lab.fields import Concat, ConcatSquash, EncoderDecoder, Mlp, Tanh, VectorField
 from cnf_lab.flows import ContinuousFlow
 from cnf_lab.ode import RungeKuttaSolver
-from cnf_lab.trace import Bottleneck, Exact, Gaussian, Hutchinson, Rademacher
+from cnf_lab.trace import Bottleneck, Exact, Gaussian, Hutchinson, HutchPlusPlus, Rademacher
 
 T = torch.tensor(0.4, dtype=torch.float64)
 DRAWS = 20_000
@@ -235,3 +235,115 @@ def test_bottleneck_refuses_a_field_without_one(field):
 def test_no_probes_are_refused(kind):
     with pytest.raises(ConfigError, match=r"Expected trace\.probes of at least 1, got 0\. Type trace\.probes=1\."):
         kind(Rademacher(), probes=0)
+
+
+class Reverse(VectorField):
+    """A field with an operation that has no forward derivative."""
+
+    forward_mode = False
+
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (x,) = ctx.saved_tensors
+            return 3 * x**2 * gradient
+
+    def __init__(self):
+        super().__init__((4,))
+        self.linear = torch.nn.Linear(4, 4).double()
+
+    def forward(self, t, x, context=None):
+        return self.Cube.apply(self.linear(x)) * t
+
+
+def test_reverse_mode_estimates_the_same(field, x):
+    probe = Hutchinson(Gaussian(), 3).start(field, x, None, None)
+    forward, reverse = (
+        Hutchinson(Gaussian(), 3, mode).linearise(field, T, x, None, probe) for mode in ("forward", "reverse")
+    )
+    for mine, other in zip(forward[:3], reverse[:3], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["training", "evaluation"])
+def test_a_field_without_forward_derivatives_takes_reverse_mode(x, graph):
+    field = Reverse()
+    estimator = Hutchinson(Rademacher(), 2)
+    probe = estimator.start(field, x, None, None)
+    with torch.set_grad_enabled(graph):
+        found = estimator.linearise(field, T, x, None, probe)
+        _, div = Exact(chunk=3).value_and_divergence(field, T, x, None, None)
+    for row in range(3):
+        j = jacobian(field, x[row : row + 1])
+        torch.testing.assert_close(div[row], j.trace(), rtol=1e-11, atol=1e-11)
+        expected = torch.stack([v @ j @ v for v in probe[:, row]])
+        torch.testing.assert_close(found.estimates[:, row], expected, rtol=1e-11, atol=1e-11)
+    assert found.div.requires_grad is div.requires_grad is found.value.requires_grad is graph
+    if graph:
+        gradients = torch.autograd.grad(found.div.sum(), list(field.parameters()))
+        assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_wrong_mode_is_refused():
+    with pytest.raises(ConfigError, match=r"Expected trace\.mode forward, reverse or null, got back\."):
+        Hutchinson(Gaussian(), 1, "back")
+
+
+@each_distribution
+@pytest.mark.parametrize(("sketch", "probes"), [(1, 1), (2, 3), (3, 1)])
+def test_hutch_plus_plus_is_unbiased(field, x, distribution, sketch, probes):
+    assert_mean(draw(HutchPlusPlus(distribution, sketch, probes), field, x), exact(field, x)[0])
+
+
+@each_distribution
+def test_hutch_plus_plus_is_exact_on_a_full_sketch(field, x, distribution):
+    sample = draw(HutchPlusPlus(Gaussian(), 4, 1), field, x, 50)
+    torch.testing.assert_close(sample, exact(field, x[:1]).expand(50), rtol=1e-9, atol=1e-9)
+
+
+def test_hutch_plus_plus_wins_where_few_directions_carry_the_jacobian(x):
+    field = Mlp((4,), [1], Concat, Tanh).double()  # a Jacobian of rank 1
+    torch.testing.assert_close(
+        draw(HutchPlusPlus(Rademacher(), 1, 1), field, x, 50), exact(field, x[:1]).expand(50), rtol=1e-9, atol=1e-9
+    )
+    assert draw(Hutchinson(Rademacher(), 3), field, x).std() > 1e-3
+
+
+def test_gradient_of_hutch_plus_plus_is_unbiased(field, x):
+    rows = x[:1].repeat(DRAWS, 1)
+    estimator, weight = HutchPlusPlus(Rademacher(), 2, 1), field.stack.layers[0].linear.bias
+    _, div = estimator.value_and_divergence(field, T, rows, None, estimator.start(field, rows, None, None))
+    (expected,) = torch.autograd.grad(exact(field, x[:1]).sum(), weight)
+    batches = torch.stack([torch.autograd.grad(part.mean(), weight, retain_graph=True)[0] for part in div.chunk(20)])
+    error = batches.std(dim=0) / 20**0.5
+    assert (abs(batches.mean(dim=0) - expected) <= 4.5 * error).all()
+
+
+@pytest.mark.parametrize(
+    "estimator", [Hutchinson(Gaussian(), 2), HutchPlusPlus(Rademacher(), 2, 2)], ids=["hutchinson", "hutch++"]
+)
+def test_norm_of_the_jacobian_comes_from_the_same_products(field, x, estimator):
+    rows = x[:1].repeat(DRAWS, 1)
+    with torch.no_grad():
+        found = estimator.linearise(field, T, rows, None, estimator.start(field, rows, None, None))
+    assert_mean(found.squared_norm, jacobian(field, x[:1]).square().sum())
+    assert found.estimates.shape == (2, DRAWS)
+    torch.testing.assert_close(found.estimates.mean(dim=0), found.div, rtol=1e-12, atol=1e-12)
+
+
+def test_norm_beside_a_bottleneck_takes_a_probe_of_its_own(bottleneck_field, x):
+    estimator, rows = Bottleneck(Gaussian()), x[:1].repeat(DRAWS, 1)
+    with torch.no_grad():
+        probe = estimator.start(bottleneck_field, rows, None, None, with_norm=True)
+        found = estimator.linearise(bottleneck_field, T, rows, None, probe)
+    assert_mean(found.squared_norm, jacobian(bottleneck_field, x[:1]).square().sum())
+
+
+def test_sketch_larger_than_the_event_is_refused(field):
+    with pytest.raises(ConfigError, match=r"trace\.sketch of at most 4, .* got 5\. Type trace\.sketch=4"):
+        HutchPlusPlus(Gaussian(), 5).chosen_for(field)

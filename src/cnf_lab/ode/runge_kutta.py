@@ -201,6 +201,7 @@ class _Solve:
         """Integrate from t0 to t1."""
         return self._run_adaptive(state) if self.solver.adaptive else self._run_fixed(state)
 
+    @torch.no_grad()
     def check(self, state: State, t: float, where: str) -> None:
         """Raise SolverError where a state is not finite."""
         if not bool(torch.stack([part.isfinite().all() for part in state]).all()):
