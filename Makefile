@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup train test test-all lint types layers format check ci constraints build clean
+.PHONY: help setup train test test-all lint types layers format check bench bench-gpu ci constraints build clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,14 @@ format: $(DEV) ## Format the code and apply the safe fixes
 	$(BIN)/ruff format
 
 check: lint types layers ## Run every check that is not a test
+
+bench: $(DEV) ## Time against the original's formulation on an idle CPU, in minutes
+	$(BIN)/python benchmarks/bench.py --device cpu
+	$(BIN)/python benchmarks/table.py
+
+bench-gpu: $(DEV) ## The same on a GPU
+	$(BIN)/python benchmarks/bench.py --device cuda
+	$(BIN)/python benchmarks/table.py
 
 ci: ## Do what continuous integration does
 	CI=true bash .ci/run

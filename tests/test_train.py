@@ -237,3 +237,15 @@ def test_a_signal_stops_and_resume_goes_on(tmp_path: Path, rows: Path) -> None:
     header, *lines = (parts / "metrics.csv").read_text().splitlines()
     column = header.split(",").index("val/nll")
     assert sum(bool(line.split(",")[column]) for line in lines) >= 60
+
+
+@pytest.mark.parametrize(("probes", "known"), [(1, False), (4, True)])
+def test_error_of_probes_is_reported_beside_an_estimated_likelihood(
+    lab_config: Callable[..., DictConfig], probes: int, known: bool
+) -> None:
+    config = lab_config("debug=fast", "architecture.hidden=[8]", "callbacks=[default]")
+    config.model.evaluation_trace = lab_config("trace=hutchinson_gaussian", f"trace.probes={probes}").trace
+    train(config)
+    metrics = json.loads((Path(config.paths.run) / "metrics.json").read_text())
+    error = metrics["test/nll_trace_standard_error"]
+    assert (error is not None and 0 < error < 1) if known else error is None

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cnf_lab.metrics import MeanWithError
+from cnf_lab.metrics import ErrorOfMean, MeanWithError
 
 
 @pytest.mark.parametrize("cuts", [[7], [1, 6], [3, 3, 1]])
@@ -39,3 +39,13 @@ def test_single_value_has_no_finite_error() -> None:
     mean, error = metric.compute()
     assert float(mean) == 2
     assert not np.isfinite(float(error))
+
+
+def test_error_of_a_mean_of_estimates_is_what_repeated_means_show() -> None:
+    """Rows whose errors differ, estimated a thousand times: the spread of the mean is the error reported."""
+    errors = torch.linspace(0.1, 3.0, 40, dtype=torch.float64)
+    means = (errors * torch.randn(4000, 40, dtype=torch.float64)).mean(dim=1)
+    metric = ErrorOfMean()
+    for part in errors.split(7):
+        metric.update(part)
+    assert float(metric.compute()) == pytest.approx(float(means.std()), rel=0.05)

@@ -38,3 +38,28 @@ class MeanWithError(Metric):
         mean = self.total / self.count
         variance = (self.squares / self.count - mean.square()).clamp(min=0)
         return mean, (variance / (self.count - 1)).sqrt()
+
+
+class ErrorOfMean(Metric):
+    r"""Standard error of a mean whose examples have independent standard errors of their own.
+
+    .. math:: \mathrm{se} = \frac1n \sqrt{\sum_i \mathrm{se}_i^2}.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Tensor
+        self.squares: Tensor
+        for name in ("count", "squares"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, errors: Float[Tensor, " batch"]) -> None:
+        """Add the standard errors of a batch of examples."""
+        self.count += len(errors)
+        self.squares += errors.detach().double().square().sum()
+
+    def compute(self) -> Tensor:
+        """Return the standard error of the mean."""
+        return self.squares.sqrt() / self.count

@@ -81,6 +81,11 @@ class FlowModule(pl.LightningModule):
         with backward_failures():
             loss.backward(*args, **kwargs)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tell CUDA graphs of compiled steps that the results of the last training step may be overwritten."""
+        if self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+
     def on_train_start(self) -> None:
         """Let schedules step with the last batch of an epoch.
 
