@@ -50,3 +50,33 @@ def test_swish_learns_a_beta_of_its_own(u):
     first(u).sum().backward()
     assert first.raw_beta.grad is not None
     assert second.raw_beta.grad is None
+
+
+@pytest.mark.parametrize("kind", [Tanh, Softplus])
+def test_slopes_by_hand_have_all_derivatives(kind):
+    """Reverse mode once and twice, forward mode, and batches of it, against what autograd makes of the formula."""
+    activation, u = kind(), torch.randn(7, dtype=torch.float64, requires_grad=True)
+
+    def plain(u):
+        value = activation(u)
+        return value, 1 - value * value if kind is Tanh else torch.sigmoid(u)
+
+    assert torch.autograd.gradcheck(activation.value_and_slope, (u,))
+    assert torch.autograd.gradgradcheck(activation.value_and_slope, (u,))
+    tangents = torch.randn(3, 7, dtype=torch.float64)
+    for mine, expected in zip(
+        *(
+            torch.func.vmap(lambda v, f=f: torch.func.jvp(f, (u.detach(),), (v,)), out_dims=((None, None), (0, 0)))(
+                tangents
+            )
+            for f in (activation.value_and_slope, plain)
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.jacrev(lambda one: torch.stack(activation.value_and_slope(one))))(u.detach()),
+        torch.func.vmap(torch.func.jacrev(lambda one: torch.stack(plain(one))))(u.detach()),
+        rtol=1e-12,
+        atol=1e-12,
+    )

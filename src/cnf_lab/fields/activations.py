@@ -5,6 +5,7 @@ together cost little more than one.
 """
 
 from abc import ABC, abstractmethod
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,69 @@ class Activation(nn.Module, ABC):
         return self.value_and_slope(u)[0]
 
 
+class _Pair(torch.autograd.Function):
+    r"""(a(u), a'(u)), whose derivatives need no more than the two results.
+
+    Left to themselves value and slope would each remember and differentiate on their own, twice
+    the passes over the activations; these passes are what a field costs besides its products.
+    """
+
+    generate_vmap_rule = True
+
+    @classmethod
+    def of(cls, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return value and slope."""
+        return cast(tuple[Tensor, Tensor], cls.apply(u))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*output)
+        ctx.save_for_forward(*output)
+
+
+class _TanhPair(_Pair):
+    @staticmethod
+    def forward(u: Tensor) -> tuple[Tensor, Tensor]:
+        value = torch.tanh(u)
+        return value, torch.addcmul(torch.ones((), dtype=u.dtype, device=u.device), value, value, value=-1)
+
+    @staticmethod
+    def backward(ctx: Any, by_value: Tensor, by_slope: Tensor) -> Tensor:
+        value, slope = ctx.saved_tensors
+        return torch.addcmul(by_value, by_slope, value, value=-2) * slope
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = ctx.saved_tensors
+        return slope * tangent, -2 * value * slope * tangent
+
+
+class _SoftplusPair(_Pair):
+    @staticmethod
+    def forward(u: Tensor) -> tuple[Tensor, Tensor]:
+        return F.softplus(u), torch.sigmoid(u)
+
+    @staticmethod
+    def backward(ctx: Any, by_value: Tensor, by_slope: Tensor) -> Tensor:
+        _, slope = ctx.saved_tensors
+        return torch.addcmul(by_value + by_slope, by_slope, slope, value=-1) * slope
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        _, slope = ctx.saved_tensors
+        return slope * tangent, slope * (1 - slope) * tangent
+
+
 class Tanh(Activation):
     """The hyperbolic tangent."""
 
     def value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return tanh u and 1 - tanh² u."""
-        value = torch.tanh(u)
-        return value, 1 - value * value
+        return _TanhPair.of(u)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Return tanh u."""
+        return torch.tanh(u)
 
 
 class Softplus(Activation):
@@ -37,7 +94,7 @@ class Softplus(Activation):
 
     def value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return softplus u and the logistic function of u."""
-        return F.softplus(u), torch.sigmoid(u)
+        return _SoftplusPair.of(u)
 
     def forward(self, u: Tensor) -> Tensor:
         """Return softplus u."""

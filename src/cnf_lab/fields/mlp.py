@@ -134,9 +134,10 @@ def closed_form_divergence(maps: Sequence[AffineMap], slopes: Sequence[Tensor]) 
         if own := _low_rank_diagonals(first, last):
             div = div + (slopes[0] * sum(own)).sum(dim=-1)
         return div
-    matrix = maps[1].weight * (first.weight @ last.weight).mT
-    # The last sum in the slopes' precision at least: under autocast a sum of H terms would lose digits.
-    return ((gated[1] @ matrix).to(torch.promote_types(torch.float32, gated[0].dtype)) * gated[0]).sum(dim=-1)
+    matrix = maps[1].weight * (last.weight.mT @ first.weight.mT)
+    # The last sum in float32 at least: under autocast a sum of H terms would lose digits.
+    dtype = torch.promote_types(torch.float32, gated[0].dtype)
+    return torch.linalg.vecdot((gated[1] @ matrix).to(dtype), gated[0].to(dtype))
 
 
 def _gated(maps: Sequence[AffineMap], slopes: Sequence[Tensor]) -> list[Tensor]:

@@ -453,5 +453,8 @@ def _step_function(compile: bool | str, device_type: str) -> Callable[..., tuple
 
 @functools.cache
 def _compiled(mode: str) -> Callable[..., tuple[State, State | None, Any]]:
-    # Kept here and not in a solver: compiled functions can be neither copied nor saved.
+    # Kept here and not in a solver: compiled functions can be neither copied nor saved. All solves of
+    # a process share it, so that a sweep or several fields need more than the usual 8 graphs.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 64)
     return torch.compile(_take_step, mode=mode, fullgraph=True, dynamic=False)

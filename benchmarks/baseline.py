@@ -1,0 +1,163 @@
+r"""The formulation that cnf_lab is measured against: what the original FFJORD code does.
+
+Written on its own, without cnf_lab: a concatsquash network, or a convolutional one that
+concatenates time; Hutchinson's estimate with one probe by reverse mode,
+:math:`v^\top J`, whose graph is kept; log-det as a second state of torchdiffeq's
+``odeint_adjoint``, all parameters under error control in the backward solve. Exact divergences
+are a loop over the dimensions. Names of parameters follow cnf_lab, so that weights can be copied.
+
+References:
+    Grathwohl et al., FFJORD (2019), https://arxiv.org/abs/1810.01367, and its code.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+import torchdiffeq
+from torch import Tensor, nn
+
+
+class ConcatSquashLinear(nn.Module):
+    """(W x + b) σ(a t + c) + v t."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n_in, n_out)
+        self.time_gate = nn.Linear(1, n_out)
+        self.time_shift = nn.Linear(1, n_out, bias=False)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Apply the layer to rows."""
+        column = t.reshape(1, 1)
+        return self.linear(x) * torch.sigmoid(self.time_gate(column)) + self.time_shift(column)
+
+
+class ConcatConv2d(nn.Module):
+    """A 3 × 3 convolution with the time as an extra first channel."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.linear = nn.Conv2d(n_in + 1, n_out, 3, padding=1)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Apply the layer to images."""
+        return self.linear(torch.cat([torch.ones_like(x[:, :1]) * t, x], dim=1))
+
+
+class Network(nn.Module):
+    """Layers with a nonlinearity between them.
+
+    Args:
+        sizes: Features, or channels, of input, hidden layers and output.
+        layer: Kind of layer.
+        activation: Nonlinearity.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], layer: Callable[[int, int], nn.Module], activation: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer(n_in, n_out) for n_in, n_out in pairwise(sizes))
+        self.activation = activation
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return dx/dt."""
+        for index, layer in enumerate(self.layers):
+            x = layer(t, x if index == 0 else self.activation(x))
+        return x
+
+
+class Baseline:
+    """A density in the original's formulation, data at t = 0.
+
+    Args:
+        network: The vector field.
+        method: Method of torchdiffeq.
+        tolerance: Absolute and relative bound of an adaptive method.
+        steps: Equal steps of a fixed grid; None for an adaptive method.
+        adjoint: Whether gradients are the continuous adjoint's, as in the original, or direct.
+        keep_graph: Whether the graph of the divergence is kept where no gradient is wanted, as
+            in the original.
+        low_precision: Precision of the network under autocast; None for the state's.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        method: str = "dopri5",
+        tolerance: float = 1e-5,
+        steps: int | None = None,
+        adjoint: bool = True,
+        keep_graph: bool = True,
+        low_precision: torch.dtype | None = None,
+    ) -> None:
+        self.network, self.method, self.tolerance, self.steps = network, method, tolerance, steps
+        self.adjoint, self.keep_graph, self.low_precision = adjoint, keep_graph, low_precision
+        self.evaluations = self.nfe_forward = 0
+
+    @property
+    def nfe_backward(self) -> int:
+        """Evaluations since the end of the last solve."""
+        return self.evaluations - self.nfe_forward
+
+    def pull_back(self, x: Tensor, probe: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Integrate from t = 0 to t = 1.
+
+        Args:
+            x: Data (batch, \*event).
+            probe: Probe of Hutchinson's estimate, like x; None for the exact divergence.
+
+        Returns:
+            The latent (batch, \*event) and the log-det (batch,).
+        """
+        self.evaluations = 0
+        state = (x, x.new_zeros(len(x), 1))
+        options = {} if self.steps is None else {"grid_constructor": self._grid}
+        settings = {"atol": self.tolerance, "rtol": self.tolerance, "method": self.method, "options": options}
+        times = torch.tensor([0.0, 1.0]).to(x)
+
+        def rhs(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return self._derivative(t, state[0], probe)
+
+        if self.adjoint:
+            parameters = tuple(self.network.parameters())
+            z, minus_log_det = torchdiffeq.odeint_adjoint(rhs, state, times, adjoint_params=parameters, **settings)
+        else:
+            z, minus_log_det = torchdiffeq.odeint(rhs, state, times, **settings)
+        self.nfe_forward = self.evaluations
+        return z[-1], -minus_log_det[-1].squeeze(1)
+
+    def log_prob(self, x: Tensor, probe: Tensor | None = None) -> Tensor:
+        """Return the log-density of each row in nats."""
+        z, log_det = self.pull_back(x, probe)
+        return -0.5 * (z.flatten(1).square().sum(dim=1) + z[0].numel() * math.log(2 * math.pi)) + log_det
+
+    def _derivative(self, t: Tensor, x: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:
+        self.evaluations += 1
+        graph = self.keep_graph or torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            with torch.autocast(x.device.type, self.low_precision, enabled=self.low_precision is not None):
+                value = self.network(t, x)
+            value = value.to(x.dtype)
+            div = _loop(value, x, graph) if probe is None else _estimate(value, x, probe, graph)
+        return value, -div.unsqueeze(1)
+
+    def _grid(self, func: object, y0: Tensor, t: Tensor) -> Tensor:
+        assert self.steps is not None
+        return torch.linspace(float(t[0]), float(t[-1]), self.steps + 1, dtype=t.dtype, device=t.device)
+
+
+def _estimate(value: Tensor, x: Tensor, probe: Tensor, graph: bool) -> Tensor:
+    (product,) = torch.autograd.grad(value, x, probe, create_graph=graph)
+    return (product * probe).flatten(1).sum(dim=1)
+
+
+def _loop(value: Tensor, x: Tensor, graph: bool) -> Tensor:
+    div = torch.zeros_like(x[:, 0])
+    for index in range(x.shape[1]):
+        (row,) = torch.autograd.grad(value[:, index].sum(), x, create_graph=graph, retain_graph=True)
+        div = div + row[:, index]
+    return div
