@@ -38,6 +38,7 @@ test-all: $(DEV) ## Run the slow tests as well
 lint: $(DEV) ## Check style, formatting and docstrings
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/python benchmarks/table.py --check
 	! $(BIN)/pydoclint src 2>&1 | grep -E "DOC1|Traceback"
 
 types: $(DEV) ## Check types
@@ -53,11 +54,11 @@ format: $(DEV) ## Format the code and apply the safe fixes
 check: lint types layers ## Run every check that is not a test
 
 bench: $(DEV) ## Time against the original's formulation on an idle CPU, in minutes
-	$(BIN)/python benchmarks/bench.py --device cpu
+	$(BIN)/python benchmarks/bench.py --device cpu $(ARGS)
 	$(BIN)/python benchmarks/table.py
 
 bench-gpu: $(DEV) ## The same on a GPU
-	$(BIN)/python benchmarks/bench.py --device cuda
+	$(BIN)/python benchmarks/bench.py --device cuda $(ARGS)
 	$(BIN)/python benchmarks/table.py
 
 ci: ## Do what continuous integration does

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BENCH, GRADIENTS = "bench", "gradients"  # what markers <!-- name:begin --> and <!-- name:end --> enclose
 Report = dict[str, Any]
 
 
@@ -40,6 +40,24 @@ def full(reports: Sequence[Report]) -> str:
             title = f"**{name}**: {what(figure)}; {figure['case']['what']}.{note}"
             parts += [title, "\n".join([head, "|---|---|---|---|---|---|", *rows])]
     return "\n\n".join(parts)
+
+
+def gradients(reports: Sequence[Report]) -> str:
+    """Return time and memory of each gradient against the evaluations, from the figure of that name."""
+    tables = []
+    for report in reports:
+        figure = report["figures"].get("gradients", {})
+        kinds: dict[str, dict[str, str]] = {}
+        for contender in figure.get("contenders", ()):
+            kind, count = contender["name"].split(", ")
+            cell = f"{seconds(contender['median_seconds'])}, {contender['peak_mib']:.3g} MiB"
+            kinds.setdefault(count, {})[kind] = cell
+        if kinds:
+            names = list(next(iter(kinds.values())))
+            rows = [f"| {count} | {' | '.join(cells[name] for name in names)} |" for count, cells in kinds.items()]
+            head = [f"| forward | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (len(names) + 1) + "|"]
+            tables.append("\n".join([f"{what(figure)}; {caption(report)}", "", *head, *rows]))
+    return "\n\n".join(tables)
 
 
 def caption(report: Report) -> str:
@@ -109,21 +127,18 @@ def number(ratio: float) -> str:
     return f"{ratio:.0f}×" if ratio >= 100 else f"{ratio:.3g}×" if ratio >= 10 else f"{ratio:.2f}×"
 
 
-def filled(text: str, table: str) -> str:
-    """Return a text with the table between its markers.
-
-    Args:
-        text: The text.
-        table: The table; nothing where it is empty.
+def filled(text: str, table: str, name: str) -> str:
+    """Return a text with the table between the markers of a name.
 
     Raises:
         ValueError: If the markers are not there.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    opening, closing = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
     if not begin or not end:
-        raise ValueError(f"Expected the markers {BEGIN} and {END}, got a text without. Add them where the table goes.")
-    return before + BEGIN + "\n\n" + (table + "\n\n" if table else "") + END + after
+        raise ValueError(f"Expected the markers {opening} and {closing}, got none. Add them where the table goes.")
+    return before + opening + "\n\n" + (table + "\n\n" if table else "") + closing + after
 
 
 def main(arguments: Sequence[str], root: Path = Path(__file__).parents[1]) -> int:
@@ -132,12 +147,18 @@ def main(arguments: Sequence[str], root: Path = Path(__file__).parents[1]) -> in
     parser.add_argument("--check", action="store_true", help="fail where a table is stale, and write nothing")
     check = parser.parse_args(arguments).check
     reports = [json.loads(path.read_text()) for path in sorted((root / "results").glob("bench_*.json"))]
-    targets: dict[str, Callable[[Sequence[Report]], str]] = {"README.md": short, "benchmarks/README.md": full}
+    Tables = dict[str, Callable[[Sequence[Report]], str]]
+    targets: dict[str, Tables] = {
+        "README.md": {BENCH: short, GRADIENTS: gradients},
+        "benchmarks/README.md": {BENCH: full},
+    }
     stale = False
-    for name, table in targets.items():
+    for name, tables in targets.items():
         path = root / name
+        text = path.read_text()
         try:
-            text = filled(path.read_text(), table(reports))
+            for marker, table in tables.items():
+                text = filled(text, table(reports), marker)
         except ValueError as failure:
             print(f"{name}: {failure}", file=sys.stderr)
             return 1

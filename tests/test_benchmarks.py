@@ -285,7 +285,15 @@ def root(tmp_path):
     figure = {"title": "training step", "reference": "baseline", "headline": "exact", "quantity": "seconds"}
     figure |= {"ratio": "gain", "note": "Known.", "case": case, "contenders": contenders}
     memory = figure | {"quantity": "peak_mib", "title": "memory"}
-    figures = {"step": figure, "memory": memory, "peer": {"skipped": "torchdyn: pip install torchdyn"}}
+    by_steps = [
+        contenders[1] | {"name": f"{gradient}, {count} evaluations"}
+        for count in (16, 32)
+        for gradient in ("direct", "checkpoint")
+    ]
+    gradients = {"title": "by gradient", "reference": None, "case": case, "contenders": by_steps, "note": ""}
+    gradients |= {"headline": None, "quantity": "seconds", "ratio": "gain"}
+    figures = {"step": figure, "memory": memory, "gradients": gradients}
+    figures |= {"peer": {"skipped": "torchdyn: pip install torchdyn"}}
     machine = {"cpu": "Some CPU", "cores": 2, "flags": ["avx2"]}
     context = {"machine": machine, "versions": {"torch": "2.15.0"}, "commit": "abc", "date": "2026-11-24T00:00:00"}
     (tmp_path / "results").mkdir()
@@ -293,7 +301,9 @@ def root(tmp_path):
     (tmp_path / "results" / "bench_cpu.json").write_text(json.dumps(report))
     (tmp_path / "benchmarks").mkdir()
     for name in ("README.md", "benchmarks/README.md"):
-        (tmp_path / name).write_text(f"# Before\n\n{table.BEGIN}\nold\n{table.END}\n\nAfter\n")
+        markers = ("bench", "gradients")
+        marked = "".join(f"<!-- {marker}:begin -->\nold\n<!-- {marker}:end -->\n\n" for marker in markers)
+        (tmp_path / name).write_text(f"# Before\n\n{marked}After\n")
     return tmp_path
 
 
@@ -310,6 +320,8 @@ def test_tables_are_written_between_the_markers(root, capsys):
     step = "| MINIBOONE (43, 860-860, 1000 rows), training step |"
     assert f"{step} baseline: 1.23 s (16 + 16) | exact: 12.3 ms (16 + 0) | 100× |" in text
     assert "| baseline: 115 MiB | exact: 9.87 MiB | 100× |" in text
+    assert "| forward | `direct` | `checkpoint` |" in text
+    assert "| 16 evaluations | 12.3 ms, 9.87 MiB | 12.3 ms, 9.87 MiB |" in text
     full = (root / "benchmarks" / "README.md").read_text()
     assert "| exact | 16 + 0 | 12.3 ms | 10.1 ms – 2.5 s | 9.87 MiB | 100× |" in full
     assert "| broken | – | a \\| b | – | – | – |" in full

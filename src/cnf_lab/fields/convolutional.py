@@ -330,14 +330,9 @@ class ConvStack(nn.Module):
         tangents: Float[Tensor, "k rows in height width"],
         context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Apply the layers to x and their derivative to tangents, in the same convolutions."""
+        """Apply the layers to x and their derivative to all tangents, layer by layer."""
         for index, convolution in enumerate(self.maps(t, x.shape[2:], context)):
-            if tangents.shape[1] == len(x):
-                both = convolution.linear(torch.cat([x.unsqueeze(0), tangents]))
-                value, tangents = both.split([1, len(tangents)])  # one copy on the way back, where indices make two
-                x = value.squeeze(0) + convolution.shift
-            else:  # tangents that all rows share are one row still
-                x, tangents = convolution(x), convolution.linear(tangents)
+            x, tangents = convolution(x), convolution.linear(tangents)  # apart: see Stack.value_and_jvp
             if index < len(self.activations):
                 x, slope = self.activations[index].value_and_slope(x)
                 tangents = tangents * slope
