@@ -73,8 +73,8 @@ class ProbeEstimator(DivergenceEstimator):
 class Hutchinson(ProbeEstimator):
     r"""The estimate :math:`\frac1k \sum_j v_j^\top J v_j` with :math:`E[v v^\top] = I`.
 
-    Products :math:`J v` come from forward mode, all probes in the same matrix products as
-    the value, so that training needs no second derivative by reverse mode. A field that has
+    Products :math:`J v` come from forward mode, all probes in one matrix product per layer, so
+    that training needs no second derivative by reverse mode. A field that has
     operations without a forward derivative takes reverse mode: :math:`v^\top J`. The variance
     of one probe is :math:`2 \lVert S \rVert_F^2` for Gaussian probes, S the symmetric part of
     J, and the same without the diagonal of S for Rademacher probes.
