@@ -299,7 +299,7 @@ def log_prob(
     rows, device = setting.rows(case, cpu_rows), setting.device
 
     def loop() -> Theirs:
-        found = Baseline(case.network(device), adjoint=False, **solver)
+        found = Baseline(case.network(device), adjoint=False, keep_graph=False, **solver)
         return Theirs(case, found, device, exact=True, train=False, rows=rows)
 
     def exact(compile: Any) -> Callable[[], Ours]:
@@ -320,12 +320,12 @@ def log_prob(
 
 def log_prob_43(setting: Setting) -> Figure:
     """Two hidden layers, D = 43."""
-    return log_prob(setting, "MINIBOONE", grid(4), 500, 3)
+    return log_prob(setting, "MINIBOONE", grid(4), 1000, 3)
 
 
 def log_prob_63(setting: Setting) -> Figure:
     """Two hidden layers, D = 63."""
-    return log_prob(setting, "BSDS300, two layers", grid(1), 500, 3)
+    return log_prob(setting, "BSDS300, two layers", grid(1), 1000, 3)
 
 
 def log_prob_63_deep(setting: Setting) -> Figure:
