@@ -306,7 +306,7 @@ def log_prob(
         solved = RungeKuttaSolver(**solver, compile=compile)
         return lambda: Ours(case, device, Exact(), solved, train=False, rows=rows)
 
-    modes = setting.modes if most_repeats > 2 else [EAGER]
+    modes = [EAGER] if device == "cpu" and most_repeats <= 2 else setting.modes
     contenders = [Contender("baseline, loop", loop, "exact")]
     contenders += [Contender(f"exact, {mode}", exact(value), "exact", compiled=bool(value)) for mode, value in modes]
     steps = solver["steps"]
@@ -727,8 +727,6 @@ def main(arguments: Sequence[str]) -> int:
     setting = Setting(options.device, options.small, not options.no_compile)
     if options.device == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, of convolutions too
-    if setting.compile:
-        torch._dynamo.config.recompile_limit = 32  # several contenders compile the same function
     report: dict[str, Any] = {"context": context(options), "figures": {}}
     if os.getloadavg()[0] > 0.5:
         progress(f"Others use this machine (load average {os.getloadavg()[0]:.1f}): compare fastest_seconds as well.")

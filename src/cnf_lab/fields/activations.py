@@ -62,28 +62,30 @@ class _SoftplusPair(_Pair):
 
 
 # The compiler takes no Function with a forward derivative, which torch.func.jvp asks for: both exist.
-class _TanhPairForward(_TanhPair):
+class _ForwardMode(_Pair):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*output)
         ctx.save_for_forward(*output)
 
+
+class _TanhPairForward(_ForwardMode, _TanhPair):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
         value, slope = ctx.saved_tensors
         return slope * tangent, -2 * value * slope * tangent
 
 
-class _SoftplusPairForward(_SoftplusPair):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*output)
-        ctx.save_for_forward(*output)
-
+class _SoftplusPairForward(_ForwardMode, _SoftplusPair):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
         _, slope = ctx.saved_tensors
         return slope * tangent, slope * (1 - slope) * tangent
+
+
+def _apply(plain: type[_Pair], forward_mode: type[_Pair], u: Tensor) -> tuple[Tensor, Tensor]:
+    pair = plain if torch.compiler.is_compiling() else forward_mode
+    return cast(tuple[Tensor, Tensor], pair.apply(u))
 
 
 class Tanh(Activation):
@@ -91,8 +93,7 @@ class Tanh(Activation):
 
     def value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return tanh u and 1 - tanh² u."""
-        pair = _TanhPair if torch.compiler.is_compiling() else _TanhPairForward
-        return cast(tuple[Tensor, Tensor], pair.apply(u))
+        return _apply(_TanhPair, _TanhPairForward, u)
 
     def forward(self, u: Tensor) -> Tensor:
         """Return tanh u."""
@@ -104,8 +105,7 @@ class Softplus(Activation):
 
     def value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return softplus u and the logistic function of u."""
-        pair = _SoftplusPair if torch.compiler.is_compiling() else _SoftplusPairForward
-        return cast(tuple[Tensor, Tensor], pair.apply(u))
+        return _apply(_SoftplusPair, _SoftplusPairForward, u)
 
     def forward(self, u: Tensor) -> Tensor:
         """Return softplus u."""

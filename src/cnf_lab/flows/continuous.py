@@ -146,7 +146,7 @@ class ContinuousFlow(Transform):
             # Training has no use for it.
             not self.training,
         )
-        start = dynamics.start(x, probe)
+        start = dynamics.start(x)
         # Without the amortiser's: its gradients come through the context.
         parameters = [*self.field.parameters(), *([] if self.log_end_time is None else [self.log_end_time])]
         with _frozen_weights(self.field):
@@ -176,7 +176,7 @@ class _Dynamics:
     low_precision: torch.dtype | None
     with_estimates: bool
 
-    def start(self, x: Tensor, probe: Probe) -> State:
+    def start(self, x: Tensor) -> State:
         """Return the state at the start of a solve."""
         if self.divergence is None:
             return (x,)

@@ -165,12 +165,12 @@ class RungeKuttaSolver(OdeSolver):
             return self._torchdiffeq.solve(rhs, state, t0, t1, arguments, parameters)
         solve = _Solve(self, rhs, arguments, t0, t1, state[0])
         with without_autocast(state[0].device.type):
-            solve.check(state, t0, "start")
+            solve.check(state, "start")
             if needs_gradient and self.gradient == "checkpoint":
                 end = _Replay.apply(solve, len(state), *state, *wanted)
             else:
                 end = solve.run(state)
-            solve.check(end, t1, "end")
+            solve.check(end, "end")
         return end, solve.stats
 
 
@@ -202,10 +202,9 @@ class _Solve:
         return self._run_adaptive(state) if self.solver.adaptive else self._run_fixed(state)
 
     @torch.no_grad()
-    def check(self, state: State, t: float, where: str) -> None:
+    def check(self, state: State, where: str) -> None:
         """Raise SolverError where a state is not finite."""
         if not bool(torch.stack([part.isfinite().all() for part in state]).all()):
-            self._time = t if where == "start" else self._time
             raise self._failure(f"the state at the {where} is not finite")
 
     def replay(self, step: _Step, state: State) -> State:
@@ -245,19 +244,18 @@ class _Solve:
         size = self.solver.options.get("first_step") or self._first_step(state, slope, direction)
         stops = self._stops(direction)
         stop = next(stops)
-        since_stop = 0
         while self._time != self.t1:
             size = controller.clamped(size)
             self._size = size
-            if since_stop >= controller.max_num_steps:
-                raise self._failure(f"max_num_steps exceeded ({since_stop}>={controller.max_num_steps})")
+            taken = self.stats.accepted_steps + self.stats.rejected_steps
+            if taken >= controller.max_num_steps:
+                raise self._failure(f"max_num_steps exceeded ({taken}>={controller.max_num_steps})")
             if self._time + direction * size == self._time:
                 raise self._failure(f"underflow in dt {size:.3g}")
             t = self._time + direction * size
             if direction * (t - stop) >= 0:
                 t, size = stop, abs(stop - self._time)
             candidate, last, error = self._try(state, slope, t)
-            since_stop += 1
             ratio = float(error)
             if controller.accepts(size, ratio):
                 self.stats.accepted_steps += 1

@@ -33,9 +33,9 @@ class Auto(DivergenceEstimator):
         tangents: int = 8,
         memory: float = 1.0,
     ) -> None:
-        self.distribution, self.probes, self.tangents, self.memory = distribution, probes, tangents, memory
-        Hutchinson(distribution, probes)  # refuses what is out of range
-        Exact(memory)
+        self.tangents = tangents
+        self.by_tangents, self.by_probes = Exact(memory), Hutchinson(distribution, probes)
+        self.by_bottleneck = Bottleneck(distribution, probes)
 
     def chosen_for(self, field: VectorField) -> DivergenceEstimator:
         """Return the estimator for a field."""
@@ -64,12 +64,12 @@ class Auto(DivergenceEstimator):
     def _choice(self, field: VectorField) -> tuple[DivergenceEstimator, str]:
         event = math.prod(field.event_shape)
         if field.has_closed_form:
-            return Exact(self.memory), "the field has a closed form"
+            return self.by_tangents, "the field has a closed form"
         if field.divergence_tangents <= self.tangents:
-            return Exact(self.memory), f"{field.divergence_tangents} tangents are few"
+            return self.by_tangents, f"{field.divergence_tangents} tangents are few"
         if isinstance(field, BottleneckField) and 4 * math.prod(field.bottleneck_shape) <= event:
-            return Bottleneck(self.distribution, self.probes), "the field has a narrow bottleneck"
+            return self.by_bottleneck, "the field has a narrow bottleneck"
         return (
-            Hutchinson(self.distribution, self.probes),
+            self.by_probes,
             f"the field has no closed form, and an exact divergence would take {field.divergence_tangents} tangents",
         )
