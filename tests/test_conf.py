@@ -154,7 +154,7 @@ def test_surroundings(option: str, data_root: Path, lab_config: ComposeConfig) -
 )
 def test_keys_are_the_arguments_of_the_target(option: str, lab_config: ComposeConfig) -> None:
     group, name = option.split("=")
-    if group in ("callbacks", "logger", "regulariser"):
+    if group in ("callbacks", "logger", "regulariser", "preprocess"):
         config = lab_config(f"{group}=[{name}]")[group]
         nodes = [node for node in config.values() if OmegaConf.is_dict(node)]
     else:

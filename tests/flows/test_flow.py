@@ -186,7 +186,7 @@ def build(**options):
         "evaluation_solver": RungeKuttaSolver("euler", steps=5),
         "divergence": Hutchinson(Rademacher()),
         "evaluation_divergence": Exact(),
-        "preprocess": Standardise,
+        "preprocess": [Standardise],
     }
     return density_flow(**settings | options)
 

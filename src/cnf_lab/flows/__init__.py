@@ -10,6 +10,8 @@ from cnf_lab.flows.base_distribution import StandardNormal as StandardNormal
 from cnf_lab.flows.continuous import ContinuousFlow as ContinuousFlow
 from cnf_lab.flows.continuous import continuous_blocks as continuous_blocks
 from cnf_lab.flows.density import density_flow as density_flow
+from cnf_lab.flows.gaussianise import Gaussianise as Gaussianise
+from cnf_lab.flows.gaussianise import RadialGaussianise as RadialGaussianise
 from cnf_lab.flows.normalisation import ActNorm as ActNorm
 from cnf_lab.flows.normalisation import MovingBatchNorm as MovingBatchNorm
 from cnf_lab.flows.preprocess import ContextScaler as ContextScaler

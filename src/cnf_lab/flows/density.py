@@ -1,6 +1,6 @@
 """The chain that estimates a density of rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -9,7 +9,7 @@ from cnf_lab.fields import VectorField
 from cnf_lab.flows.base import Chain, Flow, Transform
 from cnf_lab.flows.base_distribution import StandardNormal
 from cnf_lab.flows.continuous import ContinuousFlow
-from cnf_lab.flows.preprocess import ContextScaler, Preprocess
+from cnf_lab.flows.preprocess import ContextScaler, NoPreprocess, Preprocess
 from cnf_lab.ode import OdeSolver
 from cnf_lab.trace import DivergenceEstimator
 
@@ -22,7 +22,7 @@ def density_flow(
     evaluation_solver: OdeSolver,
     divergence: DivergenceEstimator,
     evaluation_divergence: DivergenceEstimator,
-    preprocess: Callable[..., Preprocess],
+    preprocess: Sequence[Callable[..., Preprocess]],
     normalisation: Callable[..., Transform] | None = None,
     blocks: int = 1,
     end_time: float = 1.0,
@@ -42,7 +42,7 @@ def density_flow(
         evaluation_solver: Solver in evaluation mode.
         divergence: Divergence estimator in training mode.
         evaluation_divergence: Divergence estimator in evaluation mode.
-        preprocess: Makes the fixed layer next to the data from ``event_shape``.
+        preprocess: Make the fixed layers from ``event_shape``, the first one next to the data.
         normalisation: Makes a normalisation layer from ``event_shape``.
         blocks: Number of continuous flows.
         end_time: End time T of each block.
@@ -55,7 +55,7 @@ def density_flow(
     if blocks < 1:
         raise ConfigError(f"Expected model.blocks of at least 1, got {blocks}. Type model.blocks=1.")
     encoded = context_width if context_features else 0
-    transforms: list[Transform] = [preprocess(event_shape=event_shape)]
+    transforms: list[Transform] = [make(event_shape=event_shape) for make in preprocess or [NoPreprocess]]
     for _ in range(blocks):
         if normalisation is not None:
             transforms.append(normalisation(event_shape=event_shape))

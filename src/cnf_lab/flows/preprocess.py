@@ -16,7 +16,7 @@ from cnf_lab.flows.base import UnconditionalTransform
 
 
 class Preprocess(UnconditionalTransform):
-    """A fixed affine layer that is fitted once, before training.
+    """A fixed layer that is fitted once, before training.
 
     Args:
         event_shape: Shape of one event.
@@ -49,7 +49,7 @@ class NoPreprocess(Preprocess):
         return z, self._anchor.expand(len(z))
 
 
-class _DoubleBuffers(nn.Module):
+class DoubleBuffers(nn.Module):
     """Keeps float64 buffers float64 when a module is moved to another precision."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -60,7 +60,7 @@ class _DoubleBuffers(nn.Module):
         return self
 
 
-class LinearPreprocess(_DoubleBuffers, Preprocess):
+class LinearPreprocess(DoubleBuffers, Preprocess):
     r""":math:`y = A (x - \mu)` with A fitted so that y has mean 0 and unit variances.
 
     Coefficients are float64 and the map is computed in float64: columns with a large mean and
@@ -137,7 +137,7 @@ class Whiten(LinearPreprocess):
         return inverse / deviation, root * deviation[:, None]
 
 
-class ContextScaler(_DoubleBuffers):
+class ContextScaler(DoubleBuffers):
     """Standardises a conditioning context; there is no log-det, for the context has no density.
 
     Args:

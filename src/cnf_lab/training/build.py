@@ -88,7 +88,7 @@ def build_flow(config: DictConfig, event_shape: Iterable[int], context_features:
         evaluation_solver=evaluation_solver,
         divergence=build(config.trace, "trace"),
         evaluation_divergence=build(config.model.evaluation_trace, "model.evaluation_trace"),
-        preprocess=build_factory(config.preprocess, "preprocess"),
+        preprocess=[build_factory(node, f"preprocess.{name}") for name, node in _several(config, "preprocess") if node],
         normalisation=build_factory(config.normalisation, "normalisation") if config.normalisation else None,
     )
 
@@ -101,10 +101,12 @@ def build_solvers(config: DictConfig) -> tuple[Any, Any]:
 
 
 def fit_preprocess(flow: Flow, data: FlowDataModule) -> None:
-    """Fit the fixed layers of a fresh flow to the training split."""
+    """Fit the fixed layers of a fresh flow to the training split, each to what the ones before it make of it."""
+    fitted: list[Preprocess] = []
     for part in flow.modules():
         if isinstance(part, Preprocess):
-            part.fit(batch for batch, _ in _training_rows(data))
+            part.fit(_mapped(batch, fitted) for batch, _ in _training_rows(data))
+            fitted.append(part)
         elif isinstance(part, ContextScaler):
             part.fit(context for _, context in _training_rows(data) if context is not None)
 
@@ -198,6 +200,12 @@ def _admits_text(hint: Any) -> bool:
 
 def _members(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _mapped(x: Tensor, layers: Iterable[Preprocess]) -> Tensor:
+    for layer in layers:
+        x = layer.to_latent(x)[0]
+    return x
 
 
 def _training_rows(data: FlowDataModule) -> Iterator[tuple[Tensor, Tensor | None]]:
