@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cnf_lab.fields import Elu, Identity, Relu, Softplus, Square, Swish, Tanh
+from cnf_lab.fields import Elu, Identity, Relu, Silu, Softplus, Square, Swish, Tanh
 
-ACTIVATIONS = [Tanh, Softplus, Elu, Relu, Swish, Square, Identity]
+ACTIVATIONS = [Tanh, Softplus, Silu, Elu, Relu, Swish, Square, Identity]
 each_activation = pytest.mark.parametrize("kind", ACTIVATIONS)
 
 
@@ -52,14 +52,15 @@ def test_swish_learns_a_beta_of_its_own(u):
     assert second.raw_beta.grad is None
 
 
-@pytest.mark.parametrize("kind", [Tanh, Softplus])
+@pytest.mark.parametrize("kind", [Tanh, Softplus, Silu])
 def test_slopes_by_hand_have_all_derivatives(kind):
     """Reverse mode once and twice, forward mode, and batches of it, against what autograd makes of the formula."""
     activation, u = kind(), torch.randn(7, dtype=torch.float64, requires_grad=True)
 
     def plain(u):
-        value = activation(u)
-        return value, 1 - value * value if kind is Tanh else torch.sigmoid(u)
+        value, gate = activation(u), torch.sigmoid(u)
+        slopes = {Tanh: 1 - value * value, Softplus: gate, Silu: gate * (1 + u * (1 - gate))}
+        return value, slopes[kind]
 
     assert torch.autograd.gradcheck(activation.value_and_slope, (u,))
     assert torch.autograd.gradgradcheck(activation.value_and_slope, (u,))

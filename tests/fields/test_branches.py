@@ -13,9 +13,11 @@ from cnf_lab.fields import (
     ConcatCoord,
     ConcatSquash,
     ConcatV2,
+    Embedded,
     Hyper,
     Ignore,
     Mlp,
+    Silu,
     Softplus,
     Squash,
     Swish,
@@ -26,7 +28,7 @@ from cnf_lab.ode import RungeKuttaSolver
 from cnf_lab.trace import Exact, Gaussian, Hutchinson, Rademacher
 
 T = torch.tensor(0.37, dtype=torch.float64)
-LAYERS = [Ignore, Concat, ConcatCoord, ConcatV2, Squash, ConcatSquash, Blend, Hyper]
+LAYERS = [Ignore, Concat, ConcatCoord, ConcatV2, Squash, ConcatSquash, Blend, Hyper, Embedded]
 HIDDEN = {"one": [5], "two": [5, 4], "three": [5, 4, 6]}
 FIELDS = {
     **{
@@ -204,3 +206,24 @@ def test_wrong_options_are_named(make, message):
 
 def test_only_blend_is_confined_to_unit_time():
     assert [layer for layer in LAYERS if Branches((3,), [4], 2, layer, Tanh).unit_time] == [Blend]
+
+
+def test_zero_start_is_the_identity_flow_and_learns():
+    for layer in LAYERS:
+        field = Branches((3,), [5, 4], 2, layer, Silu, zero_start=True).double()
+        x, t = torch.randn(7, 3, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
+        value, div, _ = field.value_and_divergence(t, x)
+        assert not value.any()
+        assert not div.any()
+        optimiser = torch.optim.Adam(field.parameters(), lr=0.1)
+        for _ in range(2):
+            optimiser.zero_grad()
+            (field(t, x) - x).square().sum().backward()
+            optimiser.step()
+        assert all(parameter.grad is not None for parameter in field.parameters())
+        assert field(t, x).any()
+
+
+def test_a_zero_start_excludes_spectral_norms():
+    with pytest.raises(ConfigError, match=r"architecture\.zero_start=false"):
+        Mlp((3,), [5], Concat, Tanh, spectral_norm=True, zero_start=True)

@@ -14,12 +14,14 @@ from cnf_lab.fields import (
     ConcatCoord,
     ConcatSquash,
     ConcatV2,
+    Embedded,
     Elu,
     EncoderDecoder,
     Hyper,
     Ignore,
     Mlp,
     Residual,
+    Silu,
     Softplus,
     Square,
     Squash,
@@ -30,7 +32,7 @@ from cnf_lab.fields.spectral import iterate_spectral_norms
 from cnf_lab.trace import Exact
 
 T = torch.tensor(0.37, dtype=torch.float64)
-LAYERS = [Ignore, Concat, ConcatCoord, ConcatV2, Squash, ConcatSquash, Blend, Hyper]
+LAYERS = [Ignore, Concat, ConcatCoord, ConcatV2, Squash, ConcatSquash, Blend, Hyper, Embedded]
 HIDDEN = {"one": [5], "two": [5, 4], "three": [5, 4, 6]}
 
 SHALLOW = {  # with a closed form of the divergence
@@ -41,7 +43,7 @@ SHALLOW = {  # with a closed form of the divergence
     },
     **{
         activation.__name__: partial(Mlp, (3,), [5, 4], ConcatSquash, activation)
-        for activation in (Softplus, Elu, Swish, Square)
+        for activation in (Softplus, Silu, Elu, Swish, Square)
     },
     "one-dimensional": partial(Mlp, (1,), [5, 4], ConcatSquash, Tanh),
     "minus-x-one-hidden": partial(Mlp, (3,), [5], ConcatSquash, Tanh, subtract_identity=True),
@@ -262,7 +264,7 @@ def test_residual_field_starts_at_zero():
             partial(EncoderDecoder, (3,), [], Concat, Tanh),
             r"Expected architecture\.hidden .*, got \[\]\. Type",
         ),
-        (partial(Residual, (3,), 0, 2, Tanh), r"Expected architecture\.width.*, got 0, 2, 8\. Type"),
+        (partial(Residual, (3,), 0, 2, Tanh), r"Expected architecture\.width.*, got 0, 2, 64\. Type"),
         (
             partial(Mlp, (3, 8, 8), [8], Concat, Tanh),
             r"Expected events with 1 axes .*Mlp, got .*\(3, 8, 8\)\.",

@@ -4,6 +4,7 @@ from cnf_lab.fields.activations import Activation as Activation
 from cnf_lab.fields.activations import Elu as Elu
 from cnf_lab.fields.activations import Identity as Identity
 from cnf_lab.fields.activations import Relu as Relu
+from cnf_lab.fields.activations import Silu as Silu
 from cnf_lab.fields.activations import Softplus as Softplus
 from cnf_lab.fields.activations import Square as Square
 from cnf_lab.fields.activations import Swish as Swish
@@ -29,6 +30,7 @@ from cnf_lab.fields.layers import Concat as Concat
 from cnf_lab.fields.layers import ConcatCoord as ConcatCoord
 from cnf_lab.fields.layers import ConcatSquash as ConcatSquash
 from cnf_lab.fields.layers import ConcatV2 as ConcatV2
+from cnf_lab.fields.layers import Embedded as Embedded
 from cnf_lab.fields.layers import Hyper as Hyper
 from cnf_lab.fields.layers import Ignore as Ignore
 from cnf_lab.fields.layers import Squash as Squash

@@ -61,6 +61,30 @@ class _SoftplusPair(_Pair):
         return torch.addcmul(by_value + by_slope, by_slope, slope, value=-1) * slope
 
 
+class _SiluPair(_Pair):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def forward(u: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope, _ = _silu(u)
+        return value, slope
+
+    @staticmethod
+    def backward(ctx: Any, by_value: Tensor, by_slope: Tensor) -> Tensor:
+        _, slope, curvature = _silu(*ctx.saved_tensors)
+        return by_value * slope + by_slope * curvature
+
+
+def _silu(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return u σ(u) and its first two derivatives."""
+    gate = torch.sigmoid(u)
+    value = u * gate
+    slope = gate + value * (1 - gate)
+    return value, slope, gate * (1 - gate) * (2 + u * (1 - 2 * gate))
+
+
 # The compiler takes no Function with a forward derivative, which torch.func.jvp asks for: both exist.
 class _ForwardMode(_Pair):
     @staticmethod
@@ -81,6 +105,18 @@ class _SoftplusPairForward(_ForwardMode, _SoftplusPair):
     def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
         _, slope = ctx.saved_tensors
         return slope * tangent, slope * (1 - slope) * tangent
+
+
+class _SiluPairForward(_SiluPair):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        _, slope, curvature = _silu(*ctx.saved_tensors)
+        return slope * tangent, curvature * tangent
 
 
 def _apply(plain: type[_Pair], forward_mode: type[_Pair], u: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +146,18 @@ class Softplus(Activation):
     def forward(self, u: Tensor) -> Tensor:
         """Return softplus u."""
         return F.softplus(u)
+
+
+class Silu(Activation):
+    """u σ(u): smooth, and linear far from the origin as the exact field of a heavy tail is."""
+
+    def value_and_slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u σ(u) and σ(u) (1 + u (1 - σ(u)))."""
+        return _apply(_SiluPair, _SiluPairForward, u)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Return u σ(u)."""
+        return F.silu(u)
 
 
 class Elu(Activation):

@@ -30,6 +30,7 @@ class Branches(VectorField):
         layer: Kind of time-conditioned layer.
         activation: Nonlinearity between the layers.
         context_features: Size of the conditioning context; 0 for none.
+        zero_start: Whether the last layers start at zero, and the flow as the identity.
 
     Raises:
         ConfigError: If there is no branch or no hidden layer, or the data are not rows.
@@ -43,6 +44,7 @@ class Branches(VectorField):
         layer: type[TimeLinear],
         activation: type[Activation],
         context_features: int = 0,
+        zero_start: bool = False,
     ) -> None:
         super().__init__(event_shape)
         if branches < 1:
@@ -50,7 +52,10 @@ class Branches(VectorField):
                 f"Expected architecture.branches of at least 1, got {branches}. Type architecture.branches=2."
             )
         self.unit_time = layer.unit_time
-        made = nn.ModuleList(Mlp(event_shape, hidden, layer, activation, context_features) for _ in range(branches))
+        made = nn.ModuleList(
+            Mlp(event_shape, hidden, layer, activation, context_features, zero_start=zero_start)
+            for _ in range(branches)
+        )
         self.branches = cast(Sequence[Mlp], made)
 
     def forward(self, t: Time, x: Tensor, context: Tensor | None = None) -> Tensor:

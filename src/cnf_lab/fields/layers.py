@@ -1,6 +1,6 @@
 r"""Time-conditioned linear layers: at every time each of them is an affine map.
 
-All of the original's layers have the form :math:`y = g(t) \circ (W(t) x) + s(t)`. A layer says
+All layers, the original's and ours, have the form :math:`y = g(t) \circ (W(t) x) + s(t)`. A layer says
 what W, g and s are (:meth:`TimeLinear.at`), and values, forward-mode products and closed-form
 divergences follow from that one description.
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnf_lab.fields.base import Time, time_column
+from cnf_lab.fields.embedding import TimeEmbedding
 from cnf_lab.shapes import Float
 
 
@@ -87,6 +88,11 @@ class TimeLinear(nn.Module, ABC):
     def forward(self, t: Time, x: Float[Tensor, "batch in"]) -> Float[Tensor, "batch out"]:
         """Apply the layer."""
         return self.at(t)(x)
+
+    def zero(self) -> None:
+        """Set the parameters so that the output is zero at all times, and can be learned from there."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
 
 class Ignore(TimeLinear):
@@ -201,6 +207,33 @@ class Hyper(TimeLinear):
         out = self.network(time_column(t)).reshape(t.shape + (-1,))
         shift, weight = out.split([self.out_features, self.out_features * self.in_features], dim=-1)
         return AffineMap(weight.unflatten(-1, (self.out_features, self.in_features)), None, shift)
+
+
+class Embedded(TimeLinear):
+    """(1 + g(e)) (W x + b) + s(e), with e a learned embedding of time, g and s linear in it.
+
+    Starts as W x + b at all times.
+    """
+
+    width = 64
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.linear = nn.Linear(in_features, out_features)
+        self.embedding = TimeEmbedding(self.width)
+        self.modulation = nn.Linear(self.width, 2 * out_features)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def at(self, t: Time) -> AffineMap:
+        """Return (W, 1 + g, (1 + g) b + s)."""
+        change, shift = self.modulation(self.embedding(t)).chunk(2, dim=-1)
+        return _gated(t, self.linear, 1 + change, (1 + change) * self.linear.bias + shift)
+
+    def zero(self) -> None:
+        """Set W and b to zero; an embedding of zeros could not learn."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
 
 def _gated(t: Time, linear: nn.Linear, gate: Tensor, shift: Tensor) -> AffineMap:

@@ -242,9 +242,10 @@ class Mlp(StackField):
         context_features: Size of the conditioning context; 0 for none.
         subtract_identity: Whether the field is f(t, x) - x, whose divergence is smaller by exactly D.
         spectral_norm: Whether every weight matrix is divided by its largest singular value.
+        zero_start: Whether the last layer starts at zero, and the flow as the identity.
 
     Raises:
-        ConfigError: If there is no hidden layer or the data are not rows.
+        ConfigError: If there is no hidden layer, the data are not rows, or options exclude each other.
     """
 
     def __init__(
@@ -256,9 +257,15 @@ class Mlp(StackField):
         context_features: int = 0,
         subtract_identity: bool = False,
         spectral_norm: bool = False,
+        zero_start: bool = False,
     ) -> None:
         super().__init__(event_shape)
         check_hidden(hidden)
+        if zero_start and spectral_norm:
+            raise ConfigError(
+                "Expected a last layer that starts at zero or weights of norm 1, got zero_start=true and "
+                "spectral_norm=true. Type architecture.zero_start=false."
+            )
         features = event_shape[0]
         self.unit_time = layer.unit_time
         self.subtract_identity = subtract_identity
@@ -269,6 +276,8 @@ class Mlp(StackField):
             context_features=context_features,
             spectral_norm=spectral_norm,
         )
+        if zero_start:
+            self.stack.layers[-1].zero()
 
 
 class EncoderDecoder(BottleneckField):

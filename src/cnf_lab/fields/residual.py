@@ -1,32 +1,12 @@
-"""A residual network with Fourier time features as a vector field."""
-
-import math
+"""A residual network with a learned embedding of time as a vector field."""
 
 import torch
 from torch import Tensor, nn
 
 from cnf_lab.errors import ConfigError
 from cnf_lab.fields.activations import Activation
-from cnf_lab.fields.base import Time, VectorField, time_column
-from cnf_lab.shapes import Float
-
-
-class FourierTime(nn.Module):
-    r"""Time features :math:`[\cos(\pi k t), \sin(\pi k t)]`, k = 1..K.
-
-    Args:
-        frequencies: Number K of frequencies.
-    """
-
-    def __init__(self, frequencies: int) -> None:
-        super().__init__()
-        self.rates: Tensor
-        self.register_buffer("rates", math.pi * torch.arange(1, frequencies + 1), persistent=False)
-
-    def forward(self, t: Time) -> Float[Tensor, "rows features"]:
-        """Return the features, (1, 2K) for a scalar time, (batch, 2K) otherwise."""
-        angle = time_column(t) * self.rates.to(t.dtype)
-        return torch.cat([angle.cos(), angle.sin()], dim=-1)
+from cnf_lab.fields.base import Time, VectorField
+from cnf_lab.fields.embedding import TimeEmbedding
 
 
 class ResidualBlock(nn.Module):
@@ -55,7 +35,7 @@ class Residual(VectorField):
         width: Width of the residual stream.
         blocks: Number of residual blocks.
         activation: Nonlinearity.
-        frequencies: Number of Fourier frequencies of time.
+        embedding: Size of the embedding of time.
         context_features: Size of the conditioning context; 0 for none.
     """
 
@@ -65,18 +45,18 @@ class Residual(VectorField):
         width: int,
         blocks: int,
         activation: type[Activation],
-        frequencies: int = 8,
+        embedding: int = 64,
         context_features: int = 0,
     ) -> None:
         super().__init__(event_shape)
-        if min(width, blocks, frequencies) < 1:
+        if min(width, blocks, embedding) < 1:
             raise ConfigError(
-                "Expected architecture.width, .blocks and .frequencies of at least 1, "
-                f"got {width}, {blocks}, {frequencies}. Type architecture.width=128 architecture.blocks=3."
+                "Expected architecture.width, .blocks and .embedding of at least 1, "
+                f"got {width}, {blocks}, {embedding}. Type architecture.width=128 architecture.blocks=4."
             )
         features = event_shape[0]
-        self.time = FourierTime(frequencies)
-        condition = 2 * frequencies + context_features
+        self.time = TimeEmbedding(embedding)
+        condition = embedding + context_features
         self.input, self.output = nn.Linear(features, width), nn.Linear(width, features)
         self.blocks = nn.ModuleList(ResidualBlock(width, condition, activation) for _ in range(blocks))
         nn.init.zeros_(self.output.weight)
