@@ -45,7 +45,12 @@ GIVEN = {
 #: Keys of a yaml that the lab takes out before it makes the target.
 TAKEN = {"model": {"name", "module", "evaluation_trace"}, "solver": {"evaluation"}}
 #: Targets of other libraries need not list all of their options.
-PARTLY = ("torch.", "pytorch_lightning.", "cnf_lab.training.callbacks.MovableCheckpoint")
+PARTLY = (
+    "torch.",
+    "pytorch_lightning.",
+    "cnf_lab.training.callbacks.MovableCheckpoint",
+    "cnf_lab.training.callbacks.Stage",
+)
 
 
 def options(group: str) -> list[str]:
@@ -178,7 +183,9 @@ def test_keys_are_the_arguments_of_the_target(option: str, lab_config: ComposeCo
             assert parameters.keys() == keys | (given & parameters.keys()), "options that the yaml does not show"
 
 
-@pytest.mark.parametrize("option", cases("architecture", "optimiser", "schedule") + ["solver=bosh3", "solver=rk4"])
+@pytest.mark.parametrize(
+    "option", cases("architecture", "model", "optimiser", "schedule") + ["solver=bosh3", "solver=rk4"]
+)
 def test_choices_of_the_user_win_over_a_recipe(option: str, lab_config: ComposeConfig) -> None:
     """A recipe leaves nothing in an option that was chosen instead of its own."""
     group = option.partition("=")[0]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cnf_lab.data import Batch, Rows
 from cnf_lab.data.custom import read_rows
 from cnf_lab.errors import ConfigError
-from cnf_lab.flows import Flow
+from cnf_lab.flows import Flow, continuous_blocks
 from cnf_lab.metrics import MeanWithError
 from cnf_lab.ode import SolveStats
 from cnf_lab.trace import Exact
@@ -71,6 +71,7 @@ def evaluate(config: DictConfig) -> float:
 
     folder = Path(config.output) if config.output else run_folder(run) / "evaluation"
     unit = rebuild["data"]["unit"]
+    solved = bool(continuous_blocks(flow))  # or mapped in closed form
     context = {
         "run": str(run),
         "split": config.split if config.data is None else None,
@@ -79,8 +80,8 @@ def evaluate(config: DictConfig) -> float:
         "rows": len(log_prob),
         "unit": unit,
         "notes": notes,
-        "solver": solver.describe(),
-        "trace": "exact",
+        "solver": solver.describe() if solved else None,
+        "trace": "exact" if solved else None,
         "precision": config.precision,
         "nfe": nfe,
         "seed": rebuild["config"]["seed"],
@@ -92,7 +93,8 @@ def evaluate(config: DictConfig) -> float:
         log.warning("%s", note)
     log.info("%s: nll %.4f ± %.4f %s over %s rows", name, mean, error, unit, f"{len(log_prob):,}")
     tolerance = f"atol {config.atol:g}, rtol {config.rtol:g}"
-    log.info("exact divergence, %s, %s, %s, %d evaluations", config.method, tolerance, config.precision, nfe)
+    how = f"exact divergence, {config.method}, {tolerance}" if solved else "closed form"
+    log.info("%s, %s, %d evaluations", how, config.precision, nfe)
     log.info("log-density of every row: %s", folder / f"{name}_log_prob.npy")
     return mean
 

@@ -5,6 +5,7 @@ import math
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -160,14 +161,10 @@ def load_best(module: FlowModule, trainer: pl.Trainer) -> None:
 def report(config: DictConfig, data: FlowDataModule, flow: Flow, metrics: dict[str, float], folder: Path) -> None:
     """Write metrics.json and say where the run ended."""
     (folder / "FAILED").unlink(missing_ok=True)
-    solver = build_solvers(config.solver)[1]
     context = {
         "unit": data.unit,
         "data": data.describe(),
-        "solver": solver.describe(),
-        "trace": plain(config.model.evaluation_trace),
-        # As it was at the end: the guard may have tightened it.
-        "training": {"solver": continuous_blocks(flow)[0].solver.describe(), "trace": plain(config.trace)},
+        **solves(config, flow),
         "seed": config.seed,
         **environment(),
     }
@@ -183,14 +180,30 @@ def report(config: DictConfig, data: FlowDataModule, flow: Flow, metrics: dict[s
     log.info("run folder %s", folder)
 
 
+def solves(config: DictConfig, flow: Flow) -> dict[str, Any]:
+    """Return what likelihoods were solved with; None where a flow solves nothing."""
+    blocks = continuous_blocks(flow)
+    if not blocks:
+        return {"solver": None, "trace": None, "training": None}
+    return {
+        "solver": build_solvers(config.solver)[1].describe(),
+        "trace": plain(config.model.evaluation_trace),
+        # As it was at the end: the guard may have tightened it.
+        "training": {"solver": blocks[0].solver.describe(), "trace": plain(config.trace)},
+    }
+
+
 def announce(config: DictConfig, data: FlowDataModule, flow: Flow, folder: Path) -> None:
     """Say what is about to run."""
     rows = ", ".join(f"{count:,} {split}" for split, count in data.describe()["rows"].items())
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     log.info("%s: events %s, rows %s", data.name, tuple(data.event_shape), rows)
     log.info("model %s with %s parameters; run folder %s", config.model.name, f"{parameters:,}", folder)
-    for block in continuous_blocks(flow)[:1]:  # the fields of all blocks are of one kind
-        log.info("divergence in training: %s", build(config.trace, "trace").describe(block.field))
+    blocks = continuous_blocks(flow)
+    if blocks:  # whose fields are all of one kind
+        log.info("divergence in training: %s", build(config.trace, "trace").describe(blocks[0].field))
+    else:
+        log.info("no vector field: architecture, solver and trace are not used")
     for note in data.notes:
         log.warning("%s", note)
 

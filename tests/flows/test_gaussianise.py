@@ -150,6 +150,17 @@ def test_images_and_float32():
         torch.testing.assert_close(layer.to_data(value)[0].float(), rows, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "knots"), [(30, 8), (2700, 17), (90_000, 100), (1_000_000, 256)])
+def test_the_number_of_knots_comes_from_the_rows_and_from_the_checkpoint(rows, knots):
+    layer = RadialGaussianise((2,))
+    layer.fit([torch.randn(rows, 2)])
+    again = RadialGaussianise((2,))
+    again.load_state_dict(layer.state_dict())
+    assert again.x.shape == layer.x.shape == (1, knots)
+    x = torch.randn(5, 2)
+    assert torch.equal(again.to_latent(x)[0], layer.to_latent(x)[0])
+
+
 def test_repeated_values_and_few_rows_stay_finite():
     rows = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (30, 2)).astype(float))
     layer = Gaussianise((2,)).double()

@@ -10,6 +10,10 @@ from cnf_lab.flows.base_distribution import StandardNormal as StandardNormal
 from cnf_lab.flows.continuous import ContinuousFlow as ContinuousFlow
 from cnf_lab.flows.continuous import continuous_blocks as continuous_blocks
 from cnf_lab.flows.density import density_flow as density_flow
+from cnf_lab.flows.finite import FiniteTransform as FiniteTransform
+from cnf_lab.flows.finite import maf_flow as maf_flow
+from cnf_lab.flows.finite import nsf_flow as nsf_flow
+from cnf_lab.flows.finite import realnvp_flow as realnvp_flow
 from cnf_lab.flows.gaussianise import Gaussianise as Gaussianise
 from cnf_lab.flows.gaussianise import RadialGaussianise as RadialGaussianise
 from cnf_lab.flows.normalisation import ActNorm as ActNorm
@@ -19,3 +23,4 @@ from cnf_lab.flows.preprocess import NoPreprocess as NoPreprocess
 from cnf_lab.flows.preprocess import Preprocess as Preprocess
 from cnf_lab.flows.preprocess import Standardise as Standardise
 from cnf_lab.flows.preprocess import Whiten as Whiten
+from cnf_lab.flows.sequence import BlockSequence as BlockSequence

@@ -13,26 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from cnf_lab.flows.base_distribution import StandardNormal
+from cnf_lab.flows.riders import Integrand as Integrand
+from cnf_lab.flows.riders import Rider
 from cnf_lab.ode import OdeSolver, SolveStats
 from cnf_lab.shapes import Float
-from cnf_lab.trace import DivergenceEstimator, Linearised
-
-
-class Integrand(ABC):
-    """A quantity to integrate over time along with a solve, one number per example."""
-
-    #: Whether it needs the squared Frobenius norm of the field's Jacobian.
-    needs_norm: bool = False
-
-    @abstractmethod
-    def __call__(self, t: Tensor, x: Tensor, found: Linearised) -> Tensor:
-        r"""Return the integrand (batch,) at one time.
-
-        Args:
-            t: Time.
-            x: State (batch, \*event).
-            found: The field there, its divergence, and the norm of its Jacobian if it is needed.
-        """
+from cnf_lab.trace import DivergenceEstimator
 
 
 @dataclass(frozen=True)
@@ -42,7 +27,7 @@ class Mapped:
     Attributes:
         value: Mapped rows (batch, \*event).
         log_det: log \|det\| of the Jacobian of the map that was applied (batch,).
-        integrals: The integrals asked for, each (batch,).
+        integrals: What was measured along the way, (batch,) for each rider.
         solves: What each solve cost, in the order of the map.
         log_det_error: Standard error of log_det over the probes of a stochastic divergence
             (batch,), in evaluation mode; NaN with one probe, None where log_det is exact.
@@ -68,7 +53,7 @@ class Transform(nn.Module, ABC):
         x: Tensor,
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
-        integrands: Sequence[Integrand] = (),
+        integrands: Sequence[Rider] = (),
     ) -> Mapped:
         """Map data to latent.
 
@@ -76,7 +61,7 @@ class Transform(nn.Module, ABC):
             x: Data (batch, \\*event).
             context: Conditioning (batch, features) or None.
             generator: Source of the probes of stochastic trace estimators.
-            integrands: Quantities to integrate along the way.
+            integrands: Quantities to integrate along the way, and what else rides along.
         """
 
     @abstractmethod
@@ -129,7 +114,7 @@ class UnconditionalTransform(Transform):
         x: Tensor,
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
-        integrands: Sequence[Integrand] = (),
+        integrands: Sequence[Rider] = (),
     ) -> Mapped:
         """Map data to latent."""
         return Mapped(*self.to_latent(x))
@@ -161,7 +146,7 @@ class Chain(Transform):
         x: Tensor,
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
-        integrands: Sequence[Integrand] = (),
+        integrands: Sequence[Rider] = (),
     ) -> Mapped:
         """Map data to latent; log-dets and integrals add up."""
         total = Mapped(x, x.new_zeros(len(x)), tuple(x.new_zeros(len(x)) for _ in integrands))
@@ -247,7 +232,7 @@ class Flow(nn.Module):
         x: Float[Tensor, "batch *event"],
         context: Float[Tensor, "rows features"] | None = None,
         generator: torch.Generator | None = None,
-        integrands: Sequence[Integrand] = (),
+        integrands: Sequence[Rider] = (),
     ) -> Mapped:
         r"""Map data to latent.
 
@@ -255,13 +240,12 @@ class Flow(nn.Module):
             x: Data (batch, \*event).
             context: Conditioning (batch, features), for a conditional density.
             generator: Source of the probes of stochastic trace estimators.
-            integrands: Quantities to integrate along the way.
+            integrands: Quantities to integrate along the way, and what else rides along.
 
         Raises:
             ValueError: If shapes of data or context do not fit the flow.
         """
-        self._check(x, context)
-        return self.transform.pull_back(x, self._encode(context), generator, integrands)
+        return self.transform.pull_back(x, self.encode(x, context), generator, integrands)
 
     def push_forward(
         self,
@@ -281,8 +265,7 @@ class Flow(nn.Module):
         Raises:
             ValueError: If shapes of latent or context do not fit the flow.
         """
-        self._check(z, context)
-        return self.transform.push_forward(z, self._encode(context), generator, with_log_det)
+        return self.transform.push_forward(z, self.encode(z, context), generator, with_log_det)
 
     def log_prob(
         self,
@@ -312,8 +295,7 @@ class Flow(nn.Module):
 
         The first entry is z itself.
         """
-        self._check(z, context)
-        return torch.stack([z, *self.transform.trajectory(z, self._encode(context), points)])
+        return torch.stack([z, *self.transform.trajectory(z, self.encode(z, context), points)])
 
     def set_evaluation(self, solver: OdeSolver, divergence: DivergenceEstimator, autocast: bool = False) -> None:
         """Choose the solver and the divergence estimator of evaluation mode in every block.
@@ -327,10 +309,16 @@ class Flow(nn.Module):
             if isinstance(part, Transform):
                 part.set_evaluation(solver, divergence, autocast)
 
-    def _encode(self, context: Tensor | None) -> Tensor | None:
-        return context if context is None or self.context_encoder is None else self.context_encoder(context)
+    def encode(self, x: Tensor, context: Tensor | None) -> Tensor | None:
+        r"""Check rows and their context, and return the context as transforms get it.
 
-    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        Args:
+            x: Rows, data or latent (batch, \*event).
+            context: Conditioning (batch, features), for a conditional density.
+
+        Raises:
+            ValueError: If shapes of rows or context do not fit the flow.
+        """
         if x.dim() != 1 + len(self.event_shape) or tuple(x.shape[1:]) != self.event_shape:
             expected = ", ".join(("batch", *map(str, self.event_shape)))
             raise ValueError(f"Expected rows with shape ({expected}), got {tuple(x.shape)}. Reshape the input.")
@@ -341,3 +329,4 @@ class Flow(nn.Module):
                 f"Expected a context with shape {wanted}, got {given}. "
                 + ("Give one row of context per row." if wanted else "Leave the context out: the density has none.")
             )
+        return context if context is None or self.context_encoder is None else self.context_encoder(context)

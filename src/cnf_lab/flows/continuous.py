@@ -6,9 +6,10 @@ References:
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,10 @@ from torch.nn.utils import parametrize
 from cnf_lab.errors import ConfigError
 from cnf_lab.fields import VectorField
 from cnf_lab.fields.spectral import iterate_spectral_norms
-from cnf_lab.flows.base import Integrand, Mapped, Transform
+from cnf_lab.flows.base import Mapped, Transform
+from cnf_lab.flows.riders import EndTime, Integrand, Rider, Waypoints, halts, legs, needs_of
 from cnf_lab.ode import OdeSolver, State
-from cnf_lab.trace import DivergenceEstimator, Probe
+from cnf_lab.trace import DivergenceEstimator, Needs, Probe, extended
 
 
 class ContinuousFlow(Transform):
@@ -79,12 +81,18 @@ class ContinuousFlow(Transform):
         x: Tensor,
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
-        integrands: Sequence[Integrand] = (),
+        integrands: Sequence[Rider] = (),
     ) -> Mapped:
-        """Integrate from 0 to T."""
+        """Integrate from 0 to T; in training to the end time that a rider chooses.
+
+        Raises:
+            ConfigError: If a rider does not go with the field or with T.
+        """
+        end = self._end
         if self.training:
             iterate_spectral_norms(self.field)
-        return self._solve(x, 0.0, self._end, context, generator, integrands, True)
+            end = self._drawn_end(integrands, generator, x.device)
+        return self._solve(x, 0.0, end, context, generator, integrands, True)
 
     def push_forward(
         self,
@@ -95,6 +103,23 @@ class ContinuousFlow(Transform):
     ) -> Mapped:
         """Integrate from T to 0."""
         return self._solve(z, self._end, 0.0, context, generator, (), with_log_det)
+
+    def velocity(self, share: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Return the field per whole time, :math:`T f(T u, x)`, at a share u of the time for each row.
+
+        There is no solve in it: simulation-free objectives compare it with a velocity they know.
+
+        Args:
+            share: u in [0, 1] (batch,).
+            x: State (batch, \*event).
+            context: Conditioning (batch, features) or None.
+        """
+        if self.training:
+            iterate_spectral_norms(self.field)
+        if self.amortiser is not None:
+            context = self.amortiser(context)
+        end = self.end_time if self.log_end_time is None else self.log_end_time.exp()
+        return end * self.field(share * end, x, context).to(x.dtype)
 
     def set_evaluation(self, solver: OdeSolver, divergence: DivergenceEstimator, autocast: bool = False) -> None:
         """Choose the solver and the divergence estimator of evaluation mode."""
@@ -108,6 +133,20 @@ class ContinuousFlow(Transform):
         for t0, t1 in zip(times[:-1], times[1:], strict=True):
             states.append(self._solve(states[-1], t0, t1, context, None, (), False).value)
         return states[1:]
+
+    def _drawn_end(self, riders: Sequence[Rider], generator: torch.Generator | None, device: torch.device) -> float:
+        choices = [rider for rider in riders if isinstance(rider, EndTime)]
+        if not choices:
+            return self._end
+        if self.field.unit_time:
+            raise ConfigError(
+                "Expected no random end time with architecture/layer=blend, whose time runs from 0 to 1, "
+                f"got {type(choices[0]).__name__}. Type architecture/layer=concatsquash."
+            )
+        end = usual = self.end_time if self.log_end_time is None else self.log_end_time.exp().item()
+        for choice in choices:
+            end = choice.draw(end, generator, device)
+        return self._end * (end / usual)
 
     @property
     def _end(self) -> float:
@@ -125,14 +164,16 @@ class ContinuousFlow(Transform):
         t1: float,
         context: Tensor | None,
         generator: torch.Generator | None,
-        integrands: Sequence[Integrand],
+        riders: Sequence[Rider],
         with_log_det: bool,
     ) -> Mapped:
         solver = self.solver if self.training else self.evaluation_solver
         divergence = self.divergence if self.training else self.evaluation_divergence
         if self.amortiser is not None:
             context = self.amortiser(context)
-        with_norm = any(integrand.needs_norm for integrand in integrands)
+        integrands = tuple(rider for rider in riders if isinstance(rider, Integrand))
+        needs = needs_of(integrands)
+        divergence, with_norm = extended(divergence, needs), Needs.SQUARED_NORM in needs
         probe = divergence.start(self.field, x, context, generator, with_norm) if with_log_det else None
         device = x.device.type
         # In low precision a tight tolerance would chase round-off: evaluation keeps the full one.
@@ -140,23 +181,28 @@ class ContinuousFlow(Transform):
         dynamics = _Dynamics(
             self.field,
             divergence if with_log_det else None,
-            tuple(integrands),
+            integrands,
             self.log_end_time,
             torch.get_autocast_dtype(device) if autocast else None,
             # Training has no use for it.
             not self.training,
         )
-        start = dynamics.start(x)
+        waypoints = [rider for rider in riders if isinstance(rider, Waypoints)]
+        times = {rider: halts(solver, t1, rider.draw(generator, x.device)) for rider in waypoints}
         # Without the amortiser's: its gradients come through the context.
         parameters = [*self.field.parameters(), *([] if self.log_end_time is None else [self.log_end_time])]
+        end, states, solves = dynamics.start(x), {t0: x}, []
         with _frozen_weights(self.field):
-            end, stats = solver.solve(dynamics, start, t0, t1, (context, probe), parameters)
+            for part, start, stop in legs(solver, t0, t1, chain.from_iterable(times.values())):
+                end, stats = part.solve(dynamics, end, start, stop, (context, probe), parameters)
+                states[stop] = end[0]
+                solves.append(stats)
         if not with_log_det:
-            return Mapped(end[0], x.new_zeros(len(x)), (), (stats,))
+            return Mapped(end[0], x.new_zeros(len(x)), (), tuple(solves))
         integrals, error = end[2 : 2 + len(integrands)], None
         if not divergence.exact and not self.training:
             error = standard_error(end[-1]) if len(end) > 2 + len(integrands) else torch.full_like(end[1], torch.nan)
-        return Mapped(end[0], end[1], integrals, (stats,), error)
+        return Mapped(end[0], end[1], _measured(riders, integrals, times, states), tuple(solves), error)
 
 
 @dataclass(frozen=True)
@@ -206,6 +252,25 @@ def continuous_blocks(module: nn.Module) -> list[ContinuousFlow]:
 def standard_error(estimates: Tensor) -> Tensor:
     """Return the standard error of the mean of k estimates, (k, batch) to (batch,)."""
     return estimates.std(dim=0) / math.sqrt(len(estimates))
+
+
+def _measured(
+    riders: Sequence[Rider],
+    integrals: Sequence[Tensor],
+    times: Mapping[Waypoints, Sequence[float]],
+    states: Mapping[float, Tensor],
+) -> tuple[Tensor, ...]:
+    """Return what each rider measured: an integral, a quantity of its waypoints, or nothing."""
+    rest, measured = iter(integrals), []
+    for rider in riders:
+        if isinstance(rider, Integrand):
+            measured.append(next(rest))
+        elif isinstance(rider, Waypoints):
+            own = times[rider]
+            measured.append(rider([t / own[-1] for t in own], torch.stack([states[t] for t in own])))
+        else:
+            measured.append(states[0.0].new_zeros(len(states[0.0])))
+    return tuple(measured)
 
 
 @contextmanager

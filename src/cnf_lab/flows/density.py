@@ -72,11 +72,17 @@ def density_flow(
         )
     if normalisation is not None:
         transforms.append(normalisation(event_shape=event_shape))
-    encoder = _context_encoder(context_features, context_width) if context_features else None
+    encoder = context_encoder(context_features, context_width) if context_features else None
     return Flow(Chain(transforms), StandardNormal(event_shape), context_features, encoder)
 
 
-def _context_encoder(features: int, width: int) -> nn.Module:
+def context_encoder(features: int, width: int) -> nn.Module:
+    """Return the network between the context as the data give it and as transforms get it.
+
+    Args:
+        features: Number of conditioning columns.
+        width: Width of the encoded context.
+    """
     return nn.Sequential(
         ContextScaler(features), nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
     )

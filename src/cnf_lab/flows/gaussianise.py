@@ -3,7 +3,9 @@ r"""Fixed nonlinear layers that make training rows look normal: column by column
 They are fitted in closed form, before training, and their log-det is part of the density.
 """
 
+import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,24 +14,38 @@ from cnf_lab.errors import ConfigError, DataError
 from cnf_lab.flows.preprocess import DoubleBuffers, Preprocess
 from cnf_lab.flows.splines import fit_knots, inverse_spline, knot_slopes, log_chi_quantile, spline
 
+_FEWEST, _MOST = 8, 256  # knots where their number is not given
 _SMALLEST = torch.finfo(torch.float64).tiny
 
 
 class _Splines(DoubleBuffers, Preprocess):
     """A layer that maps numbers by splines in float64, with a row of knots for each column."""
 
-    def __init__(self, event_shape: tuple[int, ...], columns: int, knots: int) -> None:
+    def __init__(self, event_shape: tuple[int, ...], columns: int, knots: int | None) -> None:
         super().__init__(event_shape)
-        if knots < 3:
-            raise ConfigError(f"Expected preprocess knots of at least 3, got {knots}. Type 64.")
+        if knots is not None and knots < 3:
+            raise ConfigError(f"Expected knots of a preprocess layer of at least 3 or null, got {knots}. Type null.")
         self.knots = knots
         self.x: Tensor
         self.y: Tensor
         self.slope: Tensor
-        identity = torch.linspace(-1, 1, knots, dtype=torch.float64).expand(columns, -1)
+        identity = torch.linspace(-1, 1, knots or _FEWEST, dtype=torch.float64).expand(columns, -1)
         self.register_buffer("x", identity.clone())
         self.register_buffer("y", identity.clone())
-        self.register_buffer("slope", torch.ones(columns, knots, dtype=torch.float64))
+        self.register_buffer("slope", torch.ones_like(identity))
+
+    def _fit(self, columns: Tensor, quantile: Callable[[Tensor], Tensor]) -> None:
+        # More knots than this follow the noise of the rows: likelihood of other rows falls again.
+        count = self.knots or min(_MOST, max(_FEWEST, round(math.sqrt(len(columns)) / 3)))
+        self.x, self.y = fit_knots(columns, quantile, count)
+        self.slope = knot_slopes(self.x, self.y)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # The number of knots came from the rows.
+        for name in ("x", "y", "slope"):
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.x.device))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class Gaussianise(_Splines):
@@ -41,13 +57,13 @@ class Gaussianise(_Splines):
 
     Args:
         event_shape: Shape of one event.
-        knots: Knots of each spline.
+        knots: Knots of each spline; None takes a third of the root of the number of rows, 8 to 256.
 
     Raises:
         ConfigError: If there are fewer than three knots.
     """
 
-    def __init__(self, event_shape: tuple[int, ...], knots: int = 64) -> None:
+    def __init__(self, event_shape: tuple[int, ...], knots: int | None = None) -> None:
         super().__init__(event_shape, torch.Size(event_shape).numel(), knots)
 
     def fit(self, batches: Iterable[Tensor]) -> None:
@@ -66,8 +82,7 @@ class Gaussianise(_Splines):
                 f"Expected features that vary over the training rows, got constant features number {constant}. "
                 "Drop them, or type preprocess=none."
             )
-        self.x, self.y = fit_knots(columns, torch.special.ndtri, self.knots)
-        self.slope = knot_slopes(self.x, self.y)
+        self._fit(columns, torch.special.ndtri)
 
     def to_latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the normal scores in the flow's dtype."""
@@ -96,7 +111,7 @@ class RadialGaussianise(_Splines):
 
     Args:
         event_shape: Shape of one event.
-        knots: Knots of the spline.
+        knots: Knots of the spline; None takes a third of the root of the number of rows, 8 to 256.
         strength: Share in (0, 1] of the way to a normal vector's norm.
 
     Raises:
@@ -107,7 +122,7 @@ class RadialGaussianise(_Splines):
         images using radial Gaussianization.
     """
 
-    def __init__(self, event_shape: tuple[int, ...], knots: int = 64, strength: float = 1.0) -> None:
+    def __init__(self, event_shape: tuple[int, ...], knots: int | None = None, strength: float = 1.0) -> None:
         super().__init__(event_shape, 1, knots)
         if not 0 < strength <= 1:
             raise ConfigError(
@@ -129,10 +144,10 @@ class RadialGaussianise(_Splines):
         norms = torch.cat([_log_norm(batch) for batch in batches])
         if (norms == norms[0]).all():
             raise DataError("Expected rows of different norms, got one norm. Leave radial out of preprocess=[...].")
-        self.x, wanted = fit_knots(norms, lambda p: log_chi_quantile(p, self._size), self.knots)
-        middle = self.knots // 2
-        kept = self.x - self.x[:, middle : middle + 1] + wanted[:, middle : middle + 1]
-        self.y = torch.lerp(kept, wanted, self.strength)
+        self._fit(norms, lambda p: log_chi_quantile(p, self._size))
+        middle = slice(self.x.shape[1] // 2, self.x.shape[1] // 2 + 1)
+        kept = self.x - self.x[:, middle] + self.y[:, middle]
+        self.y = torch.lerp(kept, self.y, self.strength)
         self.slope = knot_slopes(self.x, self.y)
         # Below the first knot y is a multiple of x: another power would have no slope at the origin.
         self.slope[:, 0] = 1.0

@@ -1,5 +1,7 @@
 """What the LightningModules of all model families share."""
 
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +15,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cnf_lab.flows import Flow
 from cnf_lab.metrics import MeanWithError
-from cnf_lab.objectives import LossTerms, Objective
+from cnf_lab.objectives import LossTerms, Objective, Stage, StagedObjective
 from cnf_lab.ode import backward_failures
 
-STAGES = ("train", "val", "test")
+log = logging.getLogger("cnf_lab")
+PHASES = ("train", "val", "test")
 
 
 class FlowModule(pl.LightningModule):
@@ -25,14 +28,20 @@ class FlowModule(pl.LightningModule):
     Random numbers of a step come from a generator seeded by (seed, stage, rank, epoch, step):
     processes draw different probes, and a resumed run draws the same ones.
 
+    An objective in stages is trained one stage after the other. The weights go on as they are;
+    optimiser and schedule start anew.
+
     Args:
         flow: The density.
-        objective: What training minimises.
-        optimiser: Makes the optimiser from ``params``.
-        schedule: Makes the learning-rate schedule from ``optimizer``; it is stepped once per
-            epoch. None keeps the rate.
+        objective: What training minimises, in one stage or several.
+        optimiser: Makes the optimiser from ``params``, and from ``lr`` where a stage has its own.
+        schedule: Makes the learning-rate schedule from ``optimizer``, and from ``epochs`` where a
+            stage has a number of its own; it is stepped once per epoch. None keeps the rate.
         seed: Seed of the steps' generators.
         rebuild: Plain values from which the same flow can be built again; kept in checkpoints.
+
+    Raises:
+        ConfigError: If the objective cannot train the flow.
     """
 
     #: The quantity that model selection, early stopping and plateau schedules watch.
@@ -41,7 +50,7 @@ class FlowModule(pl.LightningModule):
     def __init__(
         self,
         flow: Flow,
-        objective: Objective,
+        objective: Objective | StagedObjective,
         optimiser: Callable[..., Optimizer],
         schedule: Callable[..., LRScheduler | ReduceLROnPlateau] | None,
         seed: int,
@@ -50,13 +59,46 @@ class FlowModule(pl.LightningModule):
         super().__init__()
         # Plain values only: objects in a checkpoint would not load with weights_only=True.
         self.save_hyperparameters(rebuild, logger=False)
-        self.flow, self.objective, self.seed = flow, objective, seed
+        self.flow, self.seed = flow, seed
+        self.stages = objective.stages if isinstance(objective, StagedObjective) else (Stage("training", objective),)
+        for stage in self.stages:
+            stage.objective.check(flow)
+        self.stage_index = 0
+        self._stage_epochs = 0  # finished epochs of the stage
+        self._stage_cut = False  # whether something ended it before its budget
+        self._usual_validation: int | None = None
         self._optimiser, self._schedule = optimiser, schedule
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that training is in."""
+        return self.stages[self.stage_index]
+
+    @property
+    def in_last_stage(self) -> bool:
+        """Whether no stage comes after this one."""
+        return self.stage_index == len(self.stages) - 1
+
+    def end_stage(self) -> None:
+        """End the stage with this epoch, whatever is left of its budget."""
+        self._stage_cut = True
+
+    def staged_loss(self, x: Tensor, context: Tensor | None, step: int) -> dict[str, Any]:
+        r"""Evaluate the stage's objective on a training batch, log its parts, and return what Lightning needs.
+
+        Args:
+            x: Rows (batch, \*event).
+            context: Conditioning (batch, features) or None.
+            step: Number of the batch in the epoch.
+        """
+        rows = self.stage.plan.rows
+        context = None if context is None else context[:rows]
+        return self.log_terms(self.stage.objective(self.flow, x[:rows], context, self.step_generator("train", step)))
 
     def step_generator(self, stage: str, step: int) -> torch.Generator:
         """Return the generator of one step of this process."""
         epoch = self.current_epoch if stage == "train" else 0
-        words = np.random.SeedSequence([self.seed, STAGES.index(stage), self.global_rank, epoch, step])
+        words = np.random.SeedSequence([self.seed, PHASES.index(stage), self.global_rank, epoch, step])
         seed = int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
         return torch.Generator(self.device).manual_seed(seed)
 
@@ -87,11 +129,59 @@ class FlowModule(pl.LightningModule):
             torch.compiler.cudagraph_mark_step_begin()
 
     def on_train_start(self) -> None:
-        """Let schedules step with the last batch of an epoch.
+        """Let schedules step with the last batch of an epoch, and keep a finished run from going on."""
+        self._usual_validation = self.trainer.check_val_every_n_epoch
+        self._step_schedules_by_epoch()
+        self.trainer.should_stop |= self._stage_over and self.in_last_stage
 
-        Lightning's own interval "epoch" steps them after the epoch's checkpoint is written, and
-        a resumed run would miss that step.
-        """
+    def on_train_epoch_start(self) -> None:
+        """Begin the next stage where it is due, and settle when validation comes."""
+        if self._stage_over and not self.in_last_stage:
+            self._hand_over()
+        last = self._stage_epochs + 1 == self._epochs_of_stage()
+        every = self.stage.plan.validate_every_n_epochs or self._usual_validation
+        self.trainer.check_val_every_n_epoch = 1 if last else every
+        if len(self.stages) > 1:
+            self.log("train/stage", float(self.stage_index), on_step=False, on_epoch=True)
+
+    def on_train_epoch_end(self) -> None:
+        """Count the stage's epochs; the run stops with those of the last stage."""
+        self._stage_epochs += 1
+        self.trainer.should_stop |= self._stage_over and self.in_last_stage
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep where the stages are."""
+        checkpoint["stage"] = [self.stage_index, self._stage_epochs, int(self._stage_cut)]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go back to where the stages were, before Lightning makes the optimiser."""
+        self.stage_index, self._stage_epochs, cut = checkpoint.get("stage", (0, 0, 0))
+        self._stage_cut = bool(cut)
+
+    @property
+    def _stage_over(self) -> bool:
+        epochs = self._epochs_of_stage()
+        return self._stage_cut or (epochs is not None and self._stage_epochs >= epochs)
+
+    def _epochs_of_stage(self) -> int | None:
+        """Return the epochs of the stage's step budget, or None without one."""
+        if self.stage.plan.steps is None:
+            return None
+        if self.trainer.train_dataloader is None:  # the optimiser is made before the data are loaded
+            self.trainer.fit_loop.setup_data()
+        return math.ceil(self.stage.plan.steps / self.trainer.num_training_batches)
+
+    def _hand_over(self) -> None:
+        before = self.stage.name
+        self.stage_index, self._stage_epochs, self._stage_cut = self.stage_index + 1, 0, False
+        self.trainer.strategy.setup_optimizers(self.trainer)
+        self._step_schedules_by_epoch()
+        if self.trainer.is_global_zero:
+            log.info("step %d: %s hands over to %s", self.trainer.global_step, before, self.stage.name)
+
+    def _step_schedules_by_epoch(self) -> None:
+        # Lightning's own interval "epoch" steps them after the epoch's checkpoint is written, and
+        # a resumed run would miss that step.
         for config in self.trainer.lr_scheduler_configs:
             config.frequency = int(self.trainer.num_training_batches)
 
@@ -102,13 +192,15 @@ class FlowModule(pl.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make the optimiser and its schedule."""
-        optimiser = self._optimiser(params=[p for p in self.parameters() if p.requires_grad])
+        """Make the optimiser and its schedule for the stage."""
+        lr, epochs = self.stage.plan.lr, self._epochs_of_stage()
+        own = {} if lr is None else {"lr": lr}
+        optimiser = self._optimiser(params=[p for p in self.parameters() if p.requires_grad], **own)
         if self._schedule is None:
             return optimiser
         schedule: LRSchedulerConfigType = {
-            "scheduler": self._schedule(optimizer=optimiser),
-            "interval": "step",  # once per epoch all the same: see on_train_start
+            "scheduler": self._schedule(optimizer=optimiser, **({} if epochs is None else {"epochs": epochs})),
+            "interval": "step",  # once per epoch all the same: see _step_schedules_by_epoch
             "monitor": self.monitor,
             "strict": False,  # the first epochs may go without validation
         }

@@ -23,7 +23,7 @@ class DensityModule(FlowModule):
 
     def training_step(self, batch: Batch, step: int) -> dict[str, Any]:
         """Evaluate the objective on a batch."""
-        return self.log_terms(self.objective(self.flow, batch.x, batch.context, self.step_generator("train", step)))
+        return self.staged_loss(batch.x, batch.context, step)
 
     def validation_step(self, batch: Batch, step: int) -> None:
         """Add a validation batch to the mean."""
@@ -46,8 +46,9 @@ class DensityModule(FlowModule):
         nll.update(-self.flow.base.log_prob(mapped.value) - mapped.log_det)
         if mapped.log_det_error is not None:
             trace.update(mapped.log_det_error)
-        nfe = SolveStats.total(mapped.solves).nfe_forward
-        self.log(f"{stage}/nfe", float(nfe), batch_size=len(batch.x), sync_dist=True)
+        if mapped.solves:
+            nfe = SolveStats.total(mapped.solves).nfe_forward
+            self.log(f"{stage}/nfe", float(nfe), batch_size=len(batch.x), sync_dist=True)
 
     def _log(self, stage: str, nll: MeanWithError, trace: ErrorOfMean) -> None:
         self.log_mean(stage, "nll", nll)

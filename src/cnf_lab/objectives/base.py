@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cnf_lab.errors import ConfigError
 from cnf_lab.flows import Flow
 from cnf_lab.ode import SolveStats
 
@@ -28,6 +29,16 @@ class LossTerms:
 class Objective(ABC):
     """What training minimises."""
 
+    def check(self, flow: Flow) -> None:
+        """Refuse a flow that this objective cannot train.
+
+        Args:
+            flow: The density.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+
     @abstractmethod
     def __call__(self, flow: Flow, x: Tensor, context: Tensor | None, generator: torch.Generator | None) -> LossTerms:
         """Evaluate the objective on a batch.
@@ -38,3 +49,53 @@ class Objective(ABC):
             context: Conditioning (batch, features) or None.
             generator: Source of everything random in the objective.
         """
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage of training has of its own.
+
+    Attributes:
+        steps: Optimiser steps, rounded up to whole epochs; None lasts until training ends.
+        lr: Learning rate at the start; None takes the optimiser's.
+        rows: Rows of each batch that are used; None uses all.
+        validate_every_n_epochs: Epochs between validations; None takes the trainer's.
+
+    Raises:
+        ConfigError: If a number is out of range.
+    """
+
+    steps: int | None = None
+    lr: float | None = None
+    rows: int | None = None
+    validate_every_n_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "lr", "rows", "validate_every_n_epochs"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"Expected {name} of a stage above 0 or null, got {value}. Type {name}: null.")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of training with one objective.
+
+    Attributes:
+        name: Name in the logs.
+        objective: What is minimised.
+        plan: What else is the stage's own.
+    """
+
+    name: str
+    objective: Objective
+    plan: StagePlan = StagePlan()
+
+
+class StagedObjective(ABC):
+    """Objectives that train one after the other; the weights go on from stage to stage."""
+
+    @property
+    @abstractmethod
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages in their order."""

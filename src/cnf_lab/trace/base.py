@@ -1,6 +1,7 @@
 """The seam of all divergence estimators."""
 
 from abc import ABC, abstractmethod
+from enum import Flag, auto
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,19 @@ from cnf_lab.fields.base import Time, VectorField
 Probe = Any
 
 
+class Needs(Flag):
+    r"""What is wanted of a field besides its value and divergence."""
+
+    #: The squared Frobenius norm of the Jacobian J, or its estimate.
+    SQUARED_NORM = auto()
+    #: J itself: a product per coordinate.
+    JACOBIAN = auto()
+    #: :math:`J^\top f`: an evaluation and a pass of reverse mode.
+    PULLED_VALUE = auto()
+    #: :math:`\partial_t f + J f`: an evaluation and a tangent.
+    ACCELERATION = auto()
+
+
 class Linearised(NamedTuple):
     r"""What an estimator learns of a field at one time and state.
 
@@ -21,18 +35,25 @@ class Linearised(NamedTuple):
         estimates: The independent estimates (k, batch) whose mean is ``div``; None where it is exact.
         squared_norm: The squared Frobenius norm of the Jacobian or its estimate (batch,), from the
             same products; None unless it was asked for.
+        jacobian: The Jacobian (batch, D, D), entry (i, k) being df_i/dx_k; None unless it was asked for.
+        pulled_value: The value times the Jacobian, :math:`J^\top f`, (batch, \*event); None
+            unless it was asked for.
+        acceleration: The second derivative of x along its path, :math:`\partial_t f + J f`,
+            (batch, \*event); None unless it was asked for.
     """
 
     value: Tensor
     div: Tensor
     estimates: Tensor | None = None
     squared_norm: Tensor | None = None
+    jacobian: Tensor | None = None
+    pulled_value: Tensor | None = None
+    acceleration: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "Linearised":
         """Return the same in another precision."""
-        estimates = None if self.estimates is None else self.estimates.to(dtype)
-        norm = None if self.squared_norm is None else self.squared_norm.to(dtype)
-        return Linearised(self.value.to(dtype), self.div.to(dtype), estimates, norm)
+        further = (None if part is None else part.to(dtype) for part in self[2:])
+        return Linearised(self.value.to(dtype), self.div.to(dtype), *further)
 
 
 class DivergenceEstimator(ABC):

@@ -62,7 +62,7 @@ class Exact(DivergenceEstimator):
         """Return the number of tangents per pass, and the probe of the norm where it is wanted."""
         chunk = None
         if not (self.closed_form and field.has_closed_form):
-            chunk = self.chunk or self._fitting(field, x, context)
+            chunk = self.chunk or fitting_tangents(field, x, context, self.memory)
         return chunk, Rademacher()((1, *x.shape), x, generator) if with_norm else None
 
     def linearise(self, field: VectorField, t: Time, x: Tensor, context: Tensor | None, probe: Probe) -> Linearised:
@@ -86,13 +86,15 @@ class Exact(DivergenceEstimator):
             div = div + (checkpoint(_partial, *arguments, use_reentrant=False) if again else _partial(*arguments))
         return value, div
 
-    def _fitting(self, field: VectorField, x: Tensor, context: Tensor | None) -> int:
-        tangent = numbers_per_row(field, x, context) * len(x) * x.element_size()
-        return max(1, min(field.divergence_tangents, int(self.memory * GIBIBYTE / tangent)))
-
 
 def _partial(field: VectorField, t: Time, x: Tensor, start: int, stop: int, context: Tensor | None) -> Tensor:
     return field.value_and_partial_divergence(t, x, start, stop, context)[1]
+
+
+def fitting_tangents(field: VectorField, x: Tensor, context: Tensor | None, memory: float) -> int:
+    """Return how many of the tangents of an exact divergence fit into a memory budget in GiB, at least one."""
+    tangent = numbers_per_row(field, x, context) * len(x) * x.element_size()
+    return max(1, min(field.divergence_tangents, int(memory * GIBIBYTE / tangent)))
 
 
 _MEASURED: WeakKeyDictionary[VectorField, float] = WeakKeyDictionary()

@@ -75,22 +75,26 @@ def build_flow(config: DictConfig, event_shape: Iterable[int], context_features:
         event_shape: Shape of one event.
         context_features: Number of conditioning columns; 0 for none.
     """
-    event_shape = tuple(event_shape)
     solver, evaluation_solver = build_solvers(config.solver)
     model = _without(config.model, "name", "module", "evaluation_trace")
-    return build(
-        model,
-        "model",
-        event_shape=event_shape,
-        context_features=context_features,
-        field=build_factory(config.architecture, "architecture"),
-        solver=solver,
-        evaluation_solver=evaluation_solver,
-        divergence=build(config.trace, "trace"),
-        evaluation_divergence=build(config.model.evaluation_trace, "model.evaluation_trace"),
-        preprocess=[build_factory(node, f"preprocess.{name}") for name, node in _several(config, "preprocess") if node],
-        normalisation=build_factory(config.normalisation, "normalisation") if config.normalisation else None,
-    )
+    parts = {
+        "event_shape": tuple(event_shape),
+        "context_features": context_features,
+        "field": build_factory(config.architecture, "architecture"),
+        "solver": solver,
+        "evaluation_solver": evaluation_solver,
+        "divergence": build(config.trace, "trace"),
+        "evaluation_divergence": build(config.model.evaluation_trace, "model.evaluation_trace")
+        if "evaluation_trace" in config.model
+        else None,
+        "preprocess": [
+            build_factory(node, f"preprocess.{name}") for name, node in _several(config, "preprocess") if node
+        ],
+        "normalisation": build_factory(config.normalisation, "normalisation") if config.normalisation else None,
+    }
+    # A model gets what it has an argument for: one without a vector field has none for a solver.
+    wanted = inspect.signature(get_object(model["_target_"])).parameters
+    return build(model, "model", **{name: part for name, part in parts.items() if name in wanted})
 
 
 def build_solvers(config: DictConfig) -> tuple[Any, Any]:
@@ -126,10 +130,20 @@ def build_module(config: DictConfig, flow: Flow, data: FlowDataModule) -> FlowMo
         flow=flow,
         objective=build(config.objective, "objective", regularisers=regularisers),
         optimiser=build_factory(config.optimiser, "optimiser"),
-        schedule=build_factory(config.schedule, "schedule"),
+        schedule=_schedule_factory(config.schedule),
         seed=config.seed,
         rebuild=rebuild,
     )
+
+
+def _schedule_factory(config: DictConfig) -> Callable[..., Any]:
+    """Return a function that builds a schedule; epochs of a stage reach the schedules that count them."""
+
+    def factory(**values: Any) -> Any:
+        known = {name: value for name, value in values.items() if name != "epochs" or name in config}
+        return build(config, "schedule", **known)
+
+    return factory
 
 
 def build_trainer(config: DictConfig) -> pl.Trainer:

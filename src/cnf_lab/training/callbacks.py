@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 
 from cnf_lab.data import FlowDataModule
 from cnf_lab.errors import ConfigError, SolverError
 from cnf_lab.flows import Flow
+from cnf_lab.models import FlowModule
 from cnf_lab.ode import SolveStats
 from cnf_lab.training import plots
 from cnf_lab.training.curves import curves
@@ -113,6 +114,61 @@ class MovableCheckpoint(ModelCheckpoint):
         kept = moved.get("best_k_models", {})
         moved["best_k_models"] = {str(folder / Path(path).name): score for path, score in kept.items()}
         super().load_state_dict(moved)
+
+
+class StageAveraging(EMAWeightAveraging):
+    """Lightning's moving average of the weights, begun anew with each stage of the objective.
+
+    A stage starts from the averaged weights of the one before, which are the ones that were
+    validated, and averages its own only.
+
+    Args:
+        decay: Weight of the average in an update.
+        use_buffers: Whether buffers are averaged too.
+    """
+
+    def __init__(self, decay: float = 0.999, use_buffers: bool = False) -> None:
+        super().__init__(decay=decay, use_buffers=use_buffers)
+        self._stage = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        stage = getattr(pl_module, "stage_index", 0)
+        if stage != self._stage:
+            assert self._average_model is not None
+            self._copy_average_to_current(pl_module)
+            self._average_model.n_averaged = torch.zeros_like(self._average_model.n_averaged)  # next comes a copy
+            self._stage = stage
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "stage": self._stage}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._stage = state_dict.get("stage", 0)
+
+
+class StageStopping(EarlyStopping):
+    """Lightning's early stopping; in a stage before the last it ends the stage, not the run.
+
+    Args:
+        monitor: Name of the watched metric.
+        **options: Lightning's other options.
+    """
+
+    def __init__(self, monitor: str, **options: Any) -> None:
+        # At the end of a training epoch the metric may be one of an earlier validation.
+        super().__init__(monitor, check_on_train_epoch_end=False, **options)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        before = trainer.should_stop
+        super().on_validation_end(trainer, pl_module)
+        finite = math.isfinite(float(trainer.callback_metrics.get(str(self.monitor), math.nan)))
+        stopped = trainer.should_stop and not before
+        if stopped and finite and isinstance(pl_module, FlowModule) and not pl_module.in_last_stage:
+            trainer.should_stop, self.wait_count, self.stopped_epoch = False, 0, 0
+            pl_module.end_stage()
 
 
 class Plots(Callback):

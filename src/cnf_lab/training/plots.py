@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf_lab.flows import Flow
+from cnf_lab.flows import FiniteTransform, Flow
 from cnf_lab.training import panels
 from cnf_lab.training.panels import DATA, FLOW, INK, Window
 
@@ -390,7 +390,8 @@ def figures(
         conditions = _conditions(context)
         middle = conditions[len(conditions) // 2]
         yield "density", density_2d(flow, rows, window, truth, context, resolution, samples, generator, names)
-        yield "trajectories", trajectories_2d(flow, min(samples, 1000), window, 25, generator, middle, names)
+        if not any(isinstance(part, FiniteTransform) for part in flow.modules()):  # which has no way to show
+            yield "trajectories", trajectories_2d(flow, min(samples, 1000), window, 25, generator, middle, names)
     else:
         drawn = draw_samples(flow, samples, context, generator)
         yield "marginals", marginals(drawn, rows, names)

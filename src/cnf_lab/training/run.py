@@ -21,7 +21,7 @@ from cnf_lab.ode import ADAPTIVE, RungeKuttaSolver
 from cnf_lab.training.build import build_flow, plain
 
 CHECKPOINTS = ("best.ckpt", "last.ckpt")
-PACKAGES = ("cnf_lab", "torch", "pytorch-lightning", "torchdiffeq", "hydra-core", "numpy")
+PACKAGES = ("cnf_lab", "torch", "pytorch-lightning", "torchdiffeq", "hydra-core", "numpy", "zuko")
 
 
 def save_config(config: DictConfig, folder: Path) -> None:
@@ -158,7 +158,8 @@ def restore_flow(path: str | Path) -> tuple[Flow, dict[str, Any]]:
     flow = build_flow(OmegaConf.create(rebuild["config"]), rebuild["event_shape"], rebuild["context_features"])
     prefix = "flow."
     state = {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
-    precision = next(value.dtype for key, value in state.items() if "field" in key and value.is_floating_point())
+    # Not of just any value: fixed layers keep float64 in a flow of float32.
+    precision = next((state[name].dtype for name, _ in flow.named_parameters() if name in state), torch.float32)
     load_state(flow.to(precision), state, Path(path))
     return flow.eval().requires_grad_(False), rebuild
 

@@ -8,10 +8,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from cnf_lab.errors import ConfigError
 
 
-def cosine(optimizer: Optimizer, epochs: int, floor: float = 0.0) -> LambdaLR:
-    r"""Half a cosine from the optimiser's rate down to a share of it, and no further.
+def cosine(optimizer: Optimizer, epochs: int, floor: float = 0.0, lr_warmup: int = 0) -> LambdaLR:
+    r"""A straight rise to the optimiser's rate, and half a cosine down to a share of it, and no further.
 
-    .. math:: \eta_e = \eta_0 \big(f + (1 - f)\tfrac12 (1 + \cos(\pi \min(e / E, 1)))\big).
+    .. math:: \eta_e = \eta_0 \min\big(1, \tfrac{e + 1}{w + 1}\big)
+              \big(f + (1 - f)\tfrac12 (1 + \cos(\pi \min(e / E, 1)))\big).
 
     torch's own schedule rises again after E epochs, and keeps the E of a checkpoint when a run
     is resumed for longer.
@@ -20,6 +21,7 @@ def cosine(optimizer: Optimizer, epochs: int, floor: float = 0.0) -> LambdaLR:
         optimizer: The optimiser.
         epochs: Number E of epochs.
         floor: Share f of the rate at the end.
+        lr_warmup: Epochs w below the optimiser's rate.
 
     Raises:
         ConfigError: If the number of epochs is not known.
@@ -31,6 +33,7 @@ def cosine(optimizer: Optimizer, epochs: int, floor: float = 0.0) -> LambdaLR:
         )
 
     def share(epoch: int) -> float:
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
+        rise = min(1.0, (epoch + 1) / (lr_warmup + 1))
+        return rise * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0))))
 
     return LambdaLR(optimizer, share)
