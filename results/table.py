@@ -33,7 +33,8 @@ def row(path: Path) -> str:
 def main() -> None:
     """Write the table."""
     folder = Path(__file__).parent
-    paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith("bench_")]  # see benchmarks/
+    others = ("bench_", "compare_")  # see benchmarks/
+    paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(others)]
     rows = [f"| {row(path)} |" for path in paths]
     (folder / "README.md").write_text(HEADER + "\n".join(rows) + "\n")
 

@@ -73,7 +73,8 @@ def train(config: DictConfig) -> float:
             announce(config, data, flow, folder)
         started = time.monotonic()
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
-        metrics = {**numbers(trainer), "time/fit_seconds": time.monotonic() - started}
+        seconds, steps = time.monotonic() - started, float(trainer.global_step)
+        metrics = {**numbers(trainer), "time/fit_seconds": seconds, "train/steps": steps}
         if config.test:
             load_best(module, trainer)
             trainer.test(module, data, verbose=False)

@@ -1,7 +1,6 @@
 r"""What an objective sends along with a solve: integrals, points of the way, and a change of its end."""
 
 import functools
-import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -120,8 +119,11 @@ def legs(solver: OdeSolver, t0: float, t1: float, times: Iterable[float]) -> lis
 def _part(solver: OdeSolver, size: float | None, start: float, stop: float) -> OdeSolver:
     if size is None or not isinstance(solver, RungeKuttaSolver | TorchdiffeqSolver):
         return solver
+    steps = round((stop - start) / size)
+    if abs(stop - start - steps * size) > ROUND_OFF * size:
+        return solver  # the last part of a grid whose last step is shorter
     options = {name: value for name, value in solver.options.items() if name != "step_size"}
-    return solver.changed(steps=math.ceil((stop - start) / size - ROUND_OFF), options=options)
+    return solver.changed(steps=steps, options=options)
 
 
 def _step_size(solver: OdeSolver, t1: float) -> float | None:

@@ -28,8 +28,8 @@ class FlowModule(pl.LightningModule):
     Random numbers of a step come from a generator seeded by (seed, stage, rank, epoch, step):
     processes draw different probes, and a resumed run draws the same ones.
 
-    An objective in stages is trained one stage after the other. The weights go on as they are;
-    optimiser and schedule start anew.
+    An objective in stages is trained one stage after the other. The weights go on as they are, or
+    from the best so far; optimiser and schedule start anew.
 
     Args:
         flow: The density.
@@ -174,10 +174,18 @@ class FlowModule(pl.LightningModule):
     def _hand_over(self) -> None:
         before = self.stage.name
         self.stage_index, self._stage_epochs, self._stage_cut = self.stage_index + 1, 0, False
+        if self.stage.plan.from_best:
+            self._load_best()
         self.trainer.strategy.setup_optimizers(self.trainer)
         self._step_schedules_by_epoch()
         if self.trainer.is_global_zero:
             log.info("step %d: %s hands over to %s", self.trainer.global_step, before, self.stage.name)
+
+    def _load_best(self) -> None:
+        for callback in self.trainer.checkpoint_callbacks:
+            path = getattr(callback, "best_model_path", "")
+            if path and getattr(callback, "monitor", None) == self.monitor:
+                self.load_state_dict(torch.load(path, map_location=self.device, weights_only=True)["state_dict"])
 
     def _step_schedules_by_epoch(self) -> None:
         # Lightning's own interval "epoch" steps them after the epoch's checkpoint is written, and

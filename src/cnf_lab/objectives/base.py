@@ -60,6 +60,8 @@ class StagePlan:
         lr: Learning rate at the start; None takes the optimiser's.
         rows: Rows of each batch that are used; None uses all.
         validate_every_n_epochs: Epochs between validations; None takes the trainer's.
+        from_best: Whether the stage starts from the weights that validated best so far, where there
+            is a checkpoint of them, and not from the last ones.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -69,6 +71,7 @@ class StagePlan:
     lr: float | None = None
     rows: int | None = None
     validate_every_n_epochs: int | None = None
+    from_best: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "lr", "rows", "validate_every_n_epochs"):

@@ -39,6 +39,8 @@ class SolverMonitor(Callback):
     ``solver/rejected_steps``  Rejected solver steps of a training step.
     ``time/step_seconds``      Wall clock of a training step, backward pass and optimiser included,
                                loading of data left out.
+    ``time/elapsed_seconds``   Wall clock since training began, validation and everything else
+                               included; a resumed run counts on.
     ``memory/peak_mebibytes``  Peak of the epoch as torch's CUDA allocator counts it; without CUDA
                                the peak of the process since its start.
     ========================== =====================================================================
@@ -51,6 +53,16 @@ class SolverMonitor(Callback):
     def __init__(self) -> None:
         self._steps, self._seconds, self._started = 0, 0.0, 0.0
         self._solves: list[SolveStats] = []  # their sum so far, or nothing
+        self._elapsed, self._began = 0.0, 0.0  # of the parts of the run before, and start of this one
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"elapsed": self._elapsed + time.monotonic() - self._began}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._elapsed = state_dict["elapsed"]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._steps, self._seconds, self._solves = 0, 0.0, []
@@ -84,6 +96,8 @@ class SolverMonitor(Callback):
             totals["solver/rejected_steps"] = solve.rejected_steps
         for name, total in totals.items():
             pl_module.log(name, total / self._steps, on_epoch=True, sync_dist=True, batch_size=1)
+        elapsed = self._elapsed + time.monotonic() - self._began
+        pl_module.log("time/elapsed_seconds", elapsed, on_epoch=True, sync_dist=True, reduce_fx="max", batch_size=1)
         peak, name = _peak_mebibytes(pl_module.device), "memory/peak_mebibytes"
         pl_module.log(name, peak, on_epoch=True, sync_dist=True, reduce_fx="max", batch_size=1)
 
@@ -137,7 +151,8 @@ class StageAveraging(EMAWeightAveraging):
         stage = getattr(pl_module, "stage_index", 0)
         if stage != self._stage:
             assert self._average_model is not None
-            self._copy_average_to_current(pl_module)
+            if not (isinstance(pl_module, FlowModule) and pl_module.stage.plan.from_best):
+                self._copy_average_to_current(pl_module)
             self._average_model.n_averaged = torch.zeros_like(self._average_model.n_averaged)  # next comes a copy
             self._stage = stage
 
