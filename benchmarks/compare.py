@@ -38,8 +38,8 @@ DATA: dict[str, dict[str, Any]] = {
         "ffjord": ["experiment=ffjord/bsds300", "dataset=bsds300_patches", "dataset.batch_size=250"],
         "nsf": ["dataset=bsds300_patches", "preprocess=whiten", "model.hidden=[256,256]"],
         "nsf_radial": ["dataset=bsds300_patches", "preprocess=[whiten,radial]", "model.hidden=[256,256]"],
-        "note": "test patches from 20 held-out training photographs; ffjord with batches of 250 instead of 10,000 rows, "
-        "for a batch of 10,000 would take most of the budget",
+        "note": "test patches from 20 held-out training photographs; ffjord with batches of 250 instead of 10,000 "
+        "rows, for a batch of 10,000 would take most of the budget",
     },
     "power": {
         "common": ["dataset.root=${paths.data}/uci_partial", "dataset.allow_partial=true"],

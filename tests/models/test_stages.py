@@ -140,7 +140,7 @@ def test_a_finished_run_does_not_go_on(tmp_path: Path):
 
 
 def test_averages_start_anew_from_the_averaged_weights():
-    net, average = module(StagePlan(steps=8), StagePlan(steps=4)), StageAveraging(decay=0.9)
+    net, average = module(StagePlan(steps=8), StagePlan(steps=4)), StageAveraging(decay=0.3)
     kept = {}
 
     class Spy(Callback):
@@ -153,8 +153,9 @@ def test_averages_start_anew_from_the_averaged_weights():
     assert torch.equal(weights[2], kept[1])
     assert not torch.equal(weights[2], watch.after[7])
     decayed = watch.after[8]
-    for live in watch.after[9:12]:
-        decayed = 0.9 * decayed + 0.1 * live
+    for n, live in enumerate(watch.after[9:12], start=1):
+        share = min(0.3, (1 + n) / (10 + n))
+        decayed = share * decayed + (1 - share) * live
     torch.testing.assert_close(kept[2], decayed, rtol=1e-5, atol=1e-6)
 
 

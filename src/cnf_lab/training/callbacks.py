@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor
 
 from cnf_lab.data import FlowDataModule
 from cnf_lab.errors import ConfigError, SolverError
@@ -130,19 +131,32 @@ class MovableCheckpoint(ModelCheckpoint):
         super().load_state_dict(moved)
 
 
-class StageAveraging(EMAWeightAveraging):
-    """Lightning's moving average of the weights, begun anew with each stage of the objective.
+class StageAveraging(WeightAveraging):
+    r"""An exponential moving average of the weights, begun anew with each stage of the objective.
 
-    A stage starts from the averaged weights of the one before, which are the ones that were
-    validated, and averages its own only.
+    .. math:: \bar w \leftarrow d_n \bar w + (1 - d_n)\, w, \qquad d_n = \min\big(d, \tfrac{1 + n}{10 + n}\big)
+
+    after n updates: the first weights are forgotten soon. Validation, test and the best
+    checkpoint use the average. A stage starts from the averaged weights of the one before, which
+    are the ones that were validated, unless it starts from the best.
 
     Args:
-        decay: Weight of the average in an update.
+        decay: Weight d of the average in an update.
         use_buffers: Whether buffers are averaged too.
+
+    Raises:
+        ConfigError: If the decay is not a share.
     """
 
     def __init__(self, decay: float = 0.999, use_buffers: bool = False) -> None:
-        super().__init__(decay=decay, use_buffers=use_buffers)
+        if not 0 <= decay < 1:
+            raise ConfigError(f"Expected callbacks.ema.decay in [0, 1), got {decay}. Type callbacks.ema.decay=0.999.")
+
+        def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+            own = min(decay, (1 + float(updates)) / (10 + float(updates)))
+            return torch.lerp(current, averaged, own)
+
+        super().__init__(use_buffers=use_buffers, avg_fn=average)
         self._stage = 0
 
     def on_train_batch_start(
