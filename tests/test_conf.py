@@ -81,7 +81,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pd.DataFrame(table, columns=header).to_csv(root / "hepmass" / f"1000_{file}.csv", index=False)
     with h5py.File(root / "BSDS300" / "BSDS300.hdf5", "w") as file:
         for split in ("train", "validation", "test"):
-            file[split] = rng.normal(size=(40, 63))
+            file[split] = rng.normal(size=(80, 63))
     for number in range(12):
         pixels = rng.integers(0, 255, (321, 481), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "bsds300" / "images" / "train" / f"{number}.jpg")
@@ -94,16 +94,21 @@ def needs(option: str, root: Path) -> list[str]:
     """What an option needs from the user, and what keeps a run of it short."""
     name = option.rsplit("/", 1)[-1].rsplit("=", 1)[-1]
     short = ["dataset.batch_size=8", "dataset.evaluation_batch_size=16", "debug=fast", "threads=1"]
+    short += [
+        "trainer.check_val_every_n_epoch=1",
+        "recipe.flow_matching_steps=3",
+        "recipe.likelihood_steps=3",
+    ]  # an epoch of each
     if name in TABULAR:
         return [f"dataset.root={root}", "dataset.allow_partial=true", "architecture.hidden=[8]", *short]
     if name == "bsds300_patches":
-        patches = [f"dataset.{split}_patches=40" for split in ("train", "val", "test")]
+        patches = [f"dataset.{split}_patches=80" for split in ("train", "val", "test")]
         return [f"dataset.root={root}", "dataset.allow_partial=true", "architecture.hidden=[8]", *patches, *short]
     if name == "custom":
         return [f"dataset.path={root / 'rows.npy'}", *short]
     if name == "picture":
         return [f"dataset.path={root / 'picture.png'}", "dataset.evaluation_rows=20", *short]
-    if option.startswith("experiment=ffjord/tabular"):
+    if option.endswith("/tabular"):
         return ["dataset=custom", f"dataset.path={root / 'rows.npy'}", *short]
     return ["dataset.evaluation_rows=20", *short]
 
@@ -128,12 +133,15 @@ def test_experiments(name: str, data_root: Path, lab_config: ComposeConfig) -> N
 @pytest.mark.parametrize(
     "option",
     cases("solver", "trace", "architecture", "objective", "regulariser", "preprocess", "normalisation")
-    + cases("architecture/layer", "architecture/activation", "optimiser", "schedule", "model", "paths"),
+    + cases("architecture/layer", "architecture/activation", "optimiser", "schedule", "model", "paths")
+    + cases("objective/path", "objective/times", "objective/coupling"),
 )
 def test_parts(option: str, data_root: Path, lab_config: ComposeConfig) -> None:
     extra = ["architecture=encoder_decoder"] if option == "trace=bottleneck" else []
     if option.startswith("regulariser"):
         extra = ["regulariser=[none,kinetic]"]
+    if option.startswith("objective/"):
+        extra = ["objective=flow_matching"]
     survive(lab_config(option, *extra, "callbacks=[default]", *needs("", data_root)))
 
 

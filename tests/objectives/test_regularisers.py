@@ -31,6 +31,7 @@ FIELDS = {
     "residual": lambda: Residual((3,), 6, 1, Swish, 1),
     "conditional": lambda: Mlp((3,), [6, 5], ConcatSquash, Tanh, context_features=2),
 }
+SLOW = {"deep": lambda: Mlp((3,), [6, 5, 6], ConcatSquash, Tanh)}  # in time: few steps of an adjoint
 END = 1.3
 
 
@@ -113,7 +114,7 @@ def brute_force(field: VectorField, x: Tensor, context: Tensor | None) -> dict[s
 
 @pytest.fixture(params=FIELDS)
 def case(request, randomise):
-    field = randomise(FIELDS[request.param](), 0.4)
+    field = randomise((FIELDS | SLOW)[request.param](), 0.3)
     context = torch.randn(3, 2, dtype=torch.float64) if request.param == "conditional" else None
     return field, torch.randn(3, 3, dtype=torch.float64), context
 
@@ -143,6 +144,7 @@ def test_every_penalty_is_its_definition_along_the_path(case):
             torch.testing.assert_close(estimated[name], exact[name])
 
 
+@pytest.mark.parametrize("case", ["conditional"], indirect=True)
 @pytest.mark.parametrize("name", [name for name in penalties() if name != "jacobian"])
 def test_a_penalty_alone_is_the_one_among_all(name, case):
     solver = RungeKuttaSolver("rk4", steps=4)
@@ -162,6 +164,7 @@ def test_integrals_add_over_blocks(case):
         torch.testing.assert_close(both[name], first[name] + second[name])
 
 
+@pytest.mark.parametrize("case", ["closed-form", "residual"], indirect=True)
 @pytest.mark.parametrize(
     "solver",
     [
@@ -190,15 +193,16 @@ def test_checkpointed_gradient_is_the_direct_one(case, trace):
     torch.testing.assert_close(checkpoint, direct, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("case", ["closed-form", "conditional", "deep"], indirect=True)
 @pytest.mark.parametrize("with_jacobian", [False, True], ids=["beside", "jacobian"])
 def test_gradient_of_the_adjoint_is_the_direct_one(case, with_jacobian):
     chosen = {"smooth": Smooth(1.0), "kinetic": KineticEnergy(1.0), "jacobian": JacobianNorm(1.0)}
     if with_jacobian:
         chosen["square"] = JacobianOffDiagonal(1.0, root=False)
     direct = gradients(case[0], evaluated(*case, RungeKuttaSolver("rk4", steps=20), chosen))
-    solver = RungeKuttaSolver("dopri5", 1e-5, 1e-5, gradient="adjoint")
+    solver = RungeKuttaSolver("dopri5", 1e-5, 1e-5, gradient="adjoint", adjoint_seminorm=False)
     adjoint = gradients(case[0], evaluated(*case, solver, chosen))
-    torch.testing.assert_close(adjoint, direct, rtol=1e-3, atol=5e-4)
+    torch.testing.assert_close(adjoint, direct, rtol=1e-3, atol=1e-4)
 
 
 def test_gradient_is_that_of_finite_differences(case):

@@ -83,11 +83,7 @@ class ContinuousFlow(Transform):
         generator: torch.Generator | None = None,
         integrands: Sequence[Rider] = (),
     ) -> Mapped:
-        """Integrate from 0 to T; in training to the end time that a rider chooses.
-
-        Raises:
-            ConfigError: If a rider does not go with the field or with T.
-        """
+        """Integrate from 0 to T; in training to the end time that a rider chooses, if one does."""
         end = self._end
         if self.training:
             iterate_spectral_norms(self.field)

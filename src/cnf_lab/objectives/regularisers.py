@@ -1,8 +1,9 @@
 r"""Penalties that ride in the same solve as the likelihood, most of them integrals over the trajectories.
 
-They do not steer the step size: the error norm looks at x and log-det only. The original's six
-integrals (l1int, l2int, dl2int, JFrobint, JdiagFrobint, JoffdiagFrobint) are here per example.
-What differs from the original:
+They do not steer the step size: the error norm looks at x and log-det only (scipy's solvers and
+the iteration of implicit Adams methods look at all of the state). The original's six integrals
+are here per example: l1int, l2int, dl2int, JFrobint, JdiagFrobint, JoffdiagFrobint. What differs
+from the original:
 
 1. Its integrals steered the step size.
 2. dl2int promised the total derivative and was :math:`J^\top f`; both are here, by their names.

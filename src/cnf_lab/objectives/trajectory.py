@@ -34,11 +34,7 @@ class RandomEndTime(EndTime):
         self.width = width
 
     def draw(self, end: float, generator: torch.Generator | None, device: torch.device) -> float:
-        """Return the end time of one solve.
-
-        Raises:
-            ConfigError: If the width is not below the end time.
-        """
+        """Return the end time of one solve; refuse a width that reaches the start."""
         if not self.width < end:
             raise ConfigError(
                 f"Expected regulariser.steer.width below the end time, {end:g}, got {self.width:g}. "

@@ -53,11 +53,7 @@ class Extended(DivergenceEstimator):
         generator: torch.Generator | None,
         with_norm: bool = False,
     ) -> Probe:
-        """Draw the estimator's probe, and choose the products per pass of the Jacobian.
-
-        Raises:
-            ConfigError: If a derivative is out of reach for the field.
-        """
+        """Draw the estimator's probe, and choose the products per pass; refuse a field out of reach."""
         self._check(field)
         known = self.with_jacobian and self.exact
         probe = None if known else self.estimator.start(field, x, context, generator, with_norm)
