@@ -30,11 +30,13 @@ Budgets are wall-clock times of training, validation included, with the threads 
 with full covariance. Nothing was chosen on test rows.
 """
 
-#: What all contenders of a data set share, and what each of them adds.
+#: What all contenders of a data set share, and what each of them adds; ``steps`` are those of flow matching and
+#: likelihood that the best recipe gets per minute and thread, so that its schedules end with the budget.
 DATA: dict[str, dict[str, Any]] = {
     "bsds300_patches": {
         "common": ["dataset.val_patches=1000", "dataset.test_patches=5000"],
         "best": ["experiment=best/bsds300_patches"],
+        "steps": (240, 12),
         "ffjord": ["experiment=ffjord/bsds300", "dataset=bsds300_patches", "dataset.batch_size=250"],
         "nsf": ["dataset=bsds300_patches", "preprocess=whiten", "model.hidden=[256,256]"],
         "nsf_radial": ["dataset=bsds300_patches", "preprocess=[whiten,radial]", "model.hidden=[256,256]"],
@@ -43,11 +45,13 @@ DATA: dict[str, dict[str, Any]] = {
     },
     "power": {
         "common": ["dataset.root=${paths.data}/uci_partial", "dataset.allow_partial=true"],
-        "best": ["experiment=best/power"],
-        "ffjord": ["experiment=ffjord/power", "dataset.batch_size=1000"],
+        "best": ["experiment=best/power", "dataset.evaluation_batch_size=2000", "trainer.limit_val_batches=2"],
+        "steps": (1200, 40),
+        "ffjord": ["experiment=ffjord/power", "dataset.batch_size=1000", "trainer.limit_val_batches=1"],
         "nsf": ["dataset=power", "preprocess=whiten", "model.hidden=[256,256]"],
         "nsf_gaussianised": ["dataset=power", "preprocess=[gaussianise,whiten]", "model.hidden=[256,256]"],
-        "note": "200,000 of 2,049,280 rows; ffjord with batches of 1,000 instead of 10,000 rows, for more steps",
+        "note": "200,000 of 2,049,280 rows; best and ffjord validate on a part of the validation rows; ffjord "
+        "with batches of 1,000 instead of 10,000 rows, for more steps",
     },
     "miniboone": {
         "common": [
@@ -81,7 +85,10 @@ def command(data: str, contender: str, minutes: float, threads: int) -> list[str
     extra = SPLINES if contender.startswith("nsf") else FFJORD if contender == "ffjord" else []
     seconds = round(60 * minutes)
     limit = f"trainer.max_time=00:{seconds // 3600:02d}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
-    always = [option for option in ALWAYS if not extra or not option.startswith("callbacks")]
+    if contender == "best" and "steps" in DATA[data]:
+        matching, likelihood = (round(steps * minutes * threads) for steps in DATA[data]["steps"])
+        extra = [f"recipe.flow_matching_steps={matching}", f"recipe.likelihood_steps={likelihood}"]
+    always = [option for option in ALWAYS if contender == "best" or not option.startswith("callbacks")]
     return [*DATA[data]["common"], *own, *extra, *always, f"threads={threads}", limit]
 
 
@@ -194,7 +201,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.data is not None:
         path = RESULTS / f"compare_{options.data}_{options.minutes:g}min.json"
-        known = [name for name in DATA[options.data] if name not in ("common", "note")]
+        known = [name for name in DATA[options.data] if name not in ("common", "note", "steps")]
         for contender in options.contenders or known:
             if contender not in known:
                 parser.error(f"Expected --contenders out of {', '.join(known)}, got {contender}.")

@@ -139,7 +139,7 @@ def test_experiments(name: str, data_root: Path, lab_config: ComposeConfig) -> N
 def test_parts(option: str, data_root: Path, lab_config: ComposeConfig) -> None:
     extra = ["architecture=encoder_decoder"] if option == "trace=bottleneck" else []
     if option.startswith("regulariser"):
-        extra = ["regulariser=[none,kinetic]"]
+        extra = [f"regulariser=[none,kinetic,{option.partition('=')[2]}]"]
     if option.startswith("objective/"):
         extra = ["objective=flow_matching"]
     survive(lab_config(option, *extra, "callbacks=[default]", *needs("", data_root)))

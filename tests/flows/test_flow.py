@@ -140,7 +140,7 @@ def test_context_that_does_not_fit_is_refused(request, x, kind, rows, message):
     context = None if rows is None else torch.zeros(rows, dtype=torch.float64)
     # The check itself: the shape annotations, which only tests look at, would speak first.
     with pytest.raises(ValueError, match=message):
-        request.getfixturevalue(kind)._check(x, context)
+        request.getfixturevalue(kind).encode(x, context)
 
 
 @pytest.mark.parametrize("method", ["pull_back", "push_forward", "log_prob", "trajectory"])

@@ -1,4 +1,4 @@
-r"""Penalties that ride in the same solve as the likelihood, most of them integrals over the trajectories.
+r"""Penalties that are integrals over the trajectories, in the same solve as the likelihood.
 
 They do not steer the step size: the error norm looks at x and log-det only (scipy's solvers and
 the iteration of implicit Adams methods look at all of the state). The original's six integrals

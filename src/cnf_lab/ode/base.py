@@ -50,7 +50,8 @@ class OdeSolver(ABC):
     """A way to integrate ds/dt = rhs(t, s), where the state s is a tuple of tensors.
 
     The first tensor of the state is x (batch, \\*event), the second, where there is one, the
-    log-det (batch,). Any further ones are integrals that ride along and do not steer the steps.
+    log-det (batch,). Any further ones are integrals that ride along and do not steer the steps
+    (but those of scipy's solvers and of implicit Adams methods, which look at the whole state).
     """
 
     @abstractmethod
