@@ -76,7 +76,7 @@ DATA: dict[str, dict[str, Any]] = {
 ALWAYS = ["logger=csv", "callbacks.plots=null"]
 SPLINES = ["model=nsf", "objective=likelihood", "optimiser=adamw", "optimiser.lr=5e-4", "schedule=constant"]
 SPLINES += ["callbacks=[default,ema]", "dataset.batch_size=512", "dataset.steps_per_epoch=50", "trainer.max_epochs=-1"]
-FFJORD = ["callbacks=[default]", "dataset.steps_per_epoch=20"]
+FFJORD = ["callbacks=[default]", "dataset.steps_per_epoch=50"]
 
 
 def command(data: str, contender: str, minutes: float, threads: int) -> list[str]:
