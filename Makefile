@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup train test test-all lint types layers format check bench bench-gpu ci constraints build clean
+.PHONY: help setup train test test-all lint types layers format check bench bench-gpu compare ci constraints build clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,9 @@ bench: $(DEV) ## Time against the original's formulation on an idle CPU, in minu
 bench-gpu: $(DEV) ## The same on a GPU
 	$(BIN)/python benchmarks/bench.py --device cuda $(ARGS)
 	$(BIN)/python benchmarks/table.py
+
+compare: $(DEV) ## Give several recipes the same time on a data set: ARGS="power --minutes 10"
+	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 ci: ## Do what continuous integration does
 	CI=true bash .ci/run

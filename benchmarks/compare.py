@@ -79,6 +79,11 @@ SPLINES += ["callbacks=[default,ema]", "dataset.batch_size=512", "dataset.steps_
 FFJORD = ["callbacks=[default]", "dataset.steps_per_epoch=50"]
 
 
+def contenders(data: str) -> list[str]:
+    """Return the names of a data set's contenders."""
+    return [name for name in DATA[data] if name not in ("common", "note", "steps")]
+
+
 def command(data: str, contender: str, minutes: float, threads: int) -> list[str]:
     """Return the options of a contender's run."""
     own = DATA[data][contender]
@@ -154,7 +159,7 @@ def table(path: Path) -> str:
         lines.append(
             f"| {name} | {-report['test/nll']:.2f} ± {report['test/nll_standard_error']:.2f} "
             f"| {-report['test/nll'] - base:+.2f} | {validation} | {report['time/fit_seconds']:.0f} "
-            f"| {report['step']:.0f} | {how} |"
+            f"| {report['train/steps']:.0f} | {how} |"
         )
     commands = "\n".join(f"    {fit['report']['context']['command']}" for fit in fits.values())
     picture = path.with_suffix(".png").name
@@ -201,7 +206,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.data is not None:
         path = RESULTS / f"compare_{options.data}_{options.minutes:g}min.json"
-        known = [name for name in DATA[options.data] if name not in ("common", "note", "steps")]
+        known = contenders(options.data)
         for contender in options.contenders or known:
             if contender not in known:
                 parser.error(f"Expected --contenders out of {', '.join(known)}, got {contender}.")
