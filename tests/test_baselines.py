@@ -25,7 +25,13 @@ pytest.importorskip("zuko")
 
 ComposeConfig = Callable[..., DictConfig]
 MODELS = ("realnvp", "maf", "nsf")
-SMALL = ("model.transforms=2", "model.hidden=[8]", "trainer.max_epochs=2", "dataset.batch_size=32")
+SMALL = (
+    "objective=likelihood",
+    "model.transforms=2",
+    "model.hidden=[8]",
+    "trainer.max_epochs=2",
+    "dataset.batch_size=32",
+)
 PLOTS = ("callbacks=[default,plots]", "callbacks.plots.resolution=10", "callbacks.plots.samples=20")
 
 
@@ -81,7 +87,7 @@ def test_training_fits_a_density_that_is_known(model: str, tmp_path: Path, lab_c
     entropy = 1 + math.log(2 * math.pi) + math.log(np.linalg.det(mixing))
     data = ("dataset=custom", f"dataset.path={tmp_path / 'rows.npy'}", "dataset.batch_size=128")
     sizes = ("model.transforms=4", "model.hidden=[32]", "trainer.max_epochs=8", "callbacks=[default]")
-    train(lab_config(*data, f"model={model}", *sizes))
+    train(lab_config(*data, f"model={model}", "objective=likelihood", *sizes))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     spread = 4 * metrics["test/nll_standard_error"]
     assert entropy - spread < metrics["test/nll"] < entropy + spread + 0.1
@@ -116,7 +122,7 @@ def test_what_has_no_place_in_a_baseline_is_refused(
     option: str, message: str, table: Path, lab_config: ComposeConfig
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        train(lab_config("dataset=custom", f"dataset.path={table}", "model=nsf", "callbacks=[default]", option))
+        train(lab_config("dataset=custom", f"dataset.path={table}", "model=nsf", "objective=likelihood", option))
 
 
 def test_without_zuko_every_command_says_what_to_install(
@@ -136,7 +142,14 @@ def test_without_zuko_every_command_says_what_to_install(
 
 @pytest.mark.slow
 def test_a_sweep_over_models_ends_in_one_table(table: Path, tmp_path: Path) -> None:
-    arguments = ["-m", "dataset=custom", f"dataset.path={table}", "model=density,nsf,maf", "logger=csv"]
+    arguments = [
+        "-m",
+        "dataset=custom",
+        f"dataset.path={table}",
+        "model=density,nsf,maf",
+        "logger=csv",
+        "objective=likelihood",
+    ]
     small = ["architecture.hidden=[8]", "trainer.max_epochs=1", "callbacks=[default]", "threads=1"]
     command = [sys.executable, "-m", "cnf_lab.train", *arguments, *small, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

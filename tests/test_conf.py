@@ -108,7 +108,7 @@ def needs(option: str, root: Path) -> list[str]:
         return [f"dataset.path={root / 'rows.npy'}", *short]
     if name == "picture":
         return [f"dataset.path={root / 'picture.png'}", "dataset.evaluation_rows=20", *short]
-    if option.endswith("/tabular"):
+    if option.endswith("/tabular") or "baseline" in option:
         return ["dataset=custom", f"dataset.path={root / 'rows.npy'}", *short]
     return ["dataset.evaluation_rows=20", *short]
 

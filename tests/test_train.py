@@ -26,6 +26,10 @@ ComposeConfig = Callable[..., DictConfig]
 SMALL = (
     "dataset=custom",
     "dataset.batch_size=16",
+    "dataset.steps_per_epoch=null",
+    "objective=likelihood",
+    "preprocess=standardise",
+    "architecture=mlp",
     "architecture.hidden=[8]",
     "trace=hutchinson_rademacher",
     "normalisation=actnorm",
@@ -196,6 +200,20 @@ def test_two_processes_equal_one(tmp_path: Path, rows: Path) -> None:
     numbers = [json.loads((run / "metrics.json").read_text()) for run in (one, two)]
     assert numbers[0]["test/nll"] == pytest.approx(numbers[1]["test/nll"], abs=1e-4)
     assert numbers[1]["context"]["data"]["rows"] == {"train": 89, "val": 11, "test": 11}
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_processes_hand_over_together(tmp_path: Path, rows: Path) -> None:
+    options = ("objective=flow_matching_then_likelihood", "trainer.max_epochs=-1", "dataset.steps_per_epoch=4")
+    plans = ("recipe.flow_matching_steps=8", "recipe.likelihood_steps=4", "normalisation=none", "model.blocks=2")
+    run = f"hydra.run.dir={tmp_path / 'run'}"
+    output = finish(launch(*SMALL, f"dataset.path={rows}", "trainer=ddp_cpu", *options, *plans, run, cwd=tmp_path))
+    assert output.count("flow_matching hands over to likelihood") == 1
+    report = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert report["train/steps"] == 12
+    assert report["train/stage"] == 1
+    assert np.isfinite(report["test/nll"])
 
 
 @pytest.mark.slow
