@@ -57,7 +57,7 @@ def test_the_page_and_its_curves(tmp_path: Path, monkeypatch):
     def fit(nll, curve, solver):
         context = {"solver": solver, "machine": "a machine", "command": f"python -m cnf_lab.train x={nll}"}
         report = {"test/nll": nll, "test/nll_standard_error": 0.1, "time/fit_seconds": 60.0, "train/steps": 7.0}
-        return {"report": {**report, "context": context}, "curve": curve, "minutes": 1.0, "threads": 1}
+        return {"report": {**report, "context": context}, "train": 1.5, "curve": curve, "minutes": 1.0, "threads": 1}
 
     content = {
         "data": "power",
@@ -74,7 +74,7 @@ def test_the_page_and_its_curves(tmp_path: Path, monkeypatch):
     page = (tmp_path / "COMPARE.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows] == ["| recipe", "| Gaussian", "| best", "| nsf", "| ffjord"]
-    assert "| best | 1.00 ± 0.10 | +8.00 | none in the budget | 60 | 7 | dopri5 1e-06, exact |" in rows
+    assert "| best | 1.00 ± 0.10 | +8.00 | none in the budget | 1.50 | 60 | 7 | dopri5 1e-06, exact |" in rows
     assert "closed form" in rows[3]
     assert "    python -m cnf_lab.train x=-0.5" in page
     assert (tmp_path / "compare_power_1min.png").stat().st_size > 5000
