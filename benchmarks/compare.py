@@ -173,8 +173,8 @@ def table(path: Path) -> str:
         validation = f"{-report['val/nll']:.2f}" if "val/nll" in report else "none in the budget"
         lines.append(
             f"| {name} | {-report['test/nll']:.2f} ± {report['test/nll_standard_error']:.2f} "
-            f"| {-report['test/nll'] - base:+.2f} | {validation} | {fit['train']:.2f} | {report['time/fit_seconds']:.0f} "
-            f"| {report['train/steps']:.0f} | {how} |"
+            f"| {-report['test/nll'] - base:+.2f} | {validation} | {fit['train']:.2f} "
+            f"| {report['time/fit_seconds']:.0f} | {report['train/steps']:.0f} | {how} |"
         )
     commands = "\n".join(f"    {fit['report']['context']['command']}" for fit in fits.values())
     picture = path.with_suffix(".png").name
