@@ -9,7 +9,8 @@ from hypothesis import given
 
 from cnf_lab.errors import ConfigError, DataError
 from cnf_lab.flows import Gaussianise, RadialGaussianise
-from cnf_lab.flows.splines import fit_knots, inverse_spline, knot_slopes, log_chi_quantile, spline
+from cnf_lab.flows.gaussianise import _thinned
+from cnf_lab.flows.splines import fit_knots, inverse_spline, log_chi_quantile, spline
 
 
 def increasing(rng, columns, knots):
@@ -33,7 +34,7 @@ def test_splines_go_up_and_come_back(seed, columns, knots):
 def test_slopes_are_derivatives_and_knots_are_met(seed):
     rng = np.random.default_rng(seed)
     x, y = increasing(rng, 2, 6), increasing(rng, 2, 6)
-    slope = knot_slopes(x, y)
+    slope = torch.from_numpy(rng.uniform(0.05, 5.0, (2, 6)))
     v = torch.linspace(-5, 12, 101, dtype=torch.float64)[:, None].repeat(1, 2).requires_grad_()
     value, log_slope = spline(v, x, y, slope)
     (derivative,) = torch.autograd.grad(value.sum(), v)
@@ -43,7 +44,7 @@ def test_slopes_are_derivatives_and_knots_are_met(seed):
 
 def test_knots_are_quantiles():
     columns = torch.from_numpy(np.random.default_rng(0).gamma(2.0, size=(4000, 2)))
-    x, y = fit_knots(columns, torch.special.ndtri, 33)
+    x, y, _ = fit_knots(columns, torch.special.ndtri, 33)
     wanted = np.quantile(columns.numpy(), scipy.stats.norm.cdf(y[0].numpy()), axis=0).T
     np.testing.assert_allclose(x.numpy(), wanted, rtol=1e-12)
 
@@ -161,14 +162,51 @@ def test_the_number_of_knots_comes_from_the_rows_and_from_the_checkpoint(rows, k
     assert torch.equal(again.to_latent(x)[0], layer.to_latent(x)[0])
 
 
-def test_repeated_values_and_few_rows_stay_finite():
-    rows = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (30, 2)).astype(float))
+REPEATS = {
+    "few integers": lambda rng: rng.integers(0, 3, 30),
+    "binary": lambda rng: rng.integers(0, 2, 2000),
+    "rare ones": lambda rng: np.arange(10_000) >= 9_995,
+    "zero-inflated": lambda rng: np.where(rng.random(5000) < 0.6, 0.0, rng.lognormal(size=5000)),
+    "saturated": lambda rng: np.minimum(rng.random(5000), 0.9),
+    "saturated but for five": lambda rng: np.append(np.minimum(rng.random(5000), 0.9), np.linspace(0.91, 1, 5)),
+    "one outlier": lambda rng: np.append(rng.normal(size=5000), 1e6),
+}
+
+
+@pytest.mark.parametrize("kind", REPEATS)
+def test_repeated_values_and_outliers_give_no_jump(kind):
+    column = torch.as_tensor(REPEATS[kind](np.random.default_rng(0)), dtype=torch.float64)[:, None]
+    rows = torch.cat([column, torch.randn(len(column), 1, dtype=torch.float64)], dim=1)
     layer = Gaussianise((2,)).double()
     layer.fit([rows])
+    span = column.max() - column.min()
+    unseen = torch.linspace(0, 1.5, 101, dtype=torch.float64) * span + column.min()
+    for x in (rows, torch.stack([unseen, torch.zeros_like(unseen)], dim=1)):
+        value, log_det = layer.to_latent(x)
+        assert torch.isfinite(log_det).all()
+        assert value.abs().max() < 15
+        torch.testing.assert_close(layer.to_data(value)[0], x, rtol=1e-9, atol=1e-9 * float(span))
+    assert 0.05 < layer.to_latent(rows)[0][:, 0].std() < 2.0
+
+
+def test_norms_that_hardly_differ():
+    rows = torch.nn.functional.normalize(torch.randn(5000, 3, dtype=torch.float64))
+    rows[:5] *= 2
+    layer = RadialGaussianise((3,)).double()
+    layer.fit([rows])
     value, log_det = layer.to_latent(rows)
-    assert torch.isfinite(value).all()
     assert torch.isfinite(log_det).all()
-    torch.testing.assert_close(layer.to_data(value)[0], rows, rtol=0, atol=1e-9)
+    torch.testing.assert_close(layer.to_data(value)[0], rows, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[7], [3, 4, 5, 1], [1] * 23])
+def test_many_rows_are_thinned_evenly(sizes, monkeypatch):
+    monkeypatch.setattr("cnf_lab.flows.gaussianise._MOST_ROWS", 5)
+    numbers = torch.arange(sum(sizes), dtype=torch.float64)[:, None]
+    kept = _thinned(numbers.split(sizes)).flatten()
+    assert 2 <= len(kept) <= 5
+    assert len(kept.diff().unique()) == 1
+    assert kept[0] == 0
 
 
 def test_refusals():

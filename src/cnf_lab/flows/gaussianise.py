@@ -12,9 +12,10 @@ from torch import Tensor
 
 from cnf_lab.errors import ConfigError, DataError
 from cnf_lab.flows.preprocess import DoubleBuffers, Preprocess
-from cnf_lab.flows.splines import fit_knots, inverse_spline, knot_slopes, log_chi_quantile, spline
+from cnf_lab.flows.splines import fit_knots, inverse_spline, log_chi_quantile, spline
 
 _FEWEST, _MOST = 8, 256  # knots where their number is not given
+_MOST_ROWS = 1_000_000
 _SMALLEST = torch.finfo(torch.float64).tiny
 
 
@@ -24,7 +25,7 @@ class _Splines(DoubleBuffers, Preprocess):
     def __init__(self, event_shape: tuple[int, ...], columns: int, knots: int | None) -> None:
         super().__init__(event_shape)
         if knots is not None and knots < 3:
-            raise ConfigError(f"Expected knots of a preprocess layer of at least 3 or null, got {knots}. Type null.")
+            raise ConfigError(f"Expected knots of a preprocess layer of at least 3 or null, got {knots}. Type 64.")
         self.knots = knots
         self.x: Tensor
         self.y: Tensor
@@ -34,11 +35,15 @@ class _Splines(DoubleBuffers, Preprocess):
         self.register_buffer("y", identity.clone())
         self.register_buffer("slope", torch.ones_like(identity))
 
-    def _fit(self, columns: Tensor, quantile: Callable[[Tensor], Tensor]) -> None:
+    def _fit(
+        self,
+        columns: Tensor,
+        quantile: Callable[[Tensor], Tensor],
+        adjust: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
         # More knots than this follow the noise of the rows: likelihood of other rows falls again.
         count = self.knots or min(_MOST, max(_FEWEST, round(math.sqrt(len(columns)) / 3)))
-        self.x, self.y = fit_knots(columns, quantile, count)
-        self.slope = knot_slopes(self.x, self.y)
+        self.x, self.y, self.slope = fit_knots(columns, quantile, count, adjust)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # The number of knots came from the rows.
@@ -67,7 +72,7 @@ class Gaussianise(_Splines):
         super().__init__(event_shape, torch.Size(event_shape).numel(), knots)
 
     def fit(self, batches: Iterable[Tensor]) -> None:
-        r"""Set the splines from the training rows, of which all are held in memory.
+        r"""Set the splines from the training rows, from every second, fourth, ... where they are more than a million.
 
         Args:
             batches: Training rows, each batch (rows, \*event).
@@ -75,7 +80,7 @@ class Gaussianise(_Splines):
         Raises:
             DataError: If a feature is constant.
         """
-        columns = torch.cat([batch.flatten(1) for batch in batches])
+        columns = _thinned(batch.flatten(1) for batch in batches)
         constant = (columns == columns[0]).all(dim=0).nonzero().flatten().tolist()
         if constant:
             raise DataError(
@@ -141,16 +146,16 @@ class RadialGaussianise(_Splines):
         Raises:
             DataError: If all rows have the same norm.
         """
-        norms = torch.cat([_log_norm(batch) for batch in batches])
+        norms = _thinned(_log_norm(batch) for batch in batches)
         if (norms == norms[0]).all():
             raise DataError("Expected rows of different norms, got one norm. Leave radial out of preprocess=[...].")
-        self._fit(norms, lambda p: log_chi_quantile(p, self._size))
-        middle = slice(self.x.shape[1] // 2, self.x.shape[1] // 2 + 1)
-        kept = self.x - self.x[:, middle] + self.y[:, middle]
-        self.y = torch.lerp(kept, self.y, self.strength)
-        self.slope = knot_slopes(self.x, self.y)
+        self._fit(norms, lambda p: log_chi_quantile(p, self._size), self._softened)
         # Below the first knot y is a multiple of x: another power would have no slope at the origin.
         self.slope[:, 0] = 1.0
+
+    def _softened(self, log_norm: Tensor, wanted: Tensor) -> Tensor:
+        middle = len(log_norm) // 2
+        return torch.lerp(log_norm - log_norm[middle] + wanted[middle], wanted, self.strength)
 
     def to_latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rescaled rows in the flow's dtype."""
@@ -169,6 +174,18 @@ class RadialGaussianise(_Splines):
         change = mapped - log_norm  # (batch, 1)
         value = (x.flatten(1).double() * change.exp()).reshape(x.shape)
         return value, (self._size * change + log_slope).squeeze(1).to(self._anchor)
+
+
+def _thinned(batches: Iterable[Tensor]) -> Tensor:
+    """Return the rows of batches in one tensor, evenly spaced ones where they are too many to be held."""
+    kept: list[Tensor] = []
+    stride, seen = 1, 0
+    for batch in batches:
+        kept.append(batch[-seen % stride :: stride])
+        seen += len(batch)
+        while sum(map(len, kept)) > _MOST_ROWS:
+            kept, stride = [torch.cat(kept)[::2]], 2 * stride
+    return torch.cat(kept)
 
 
 def _log_norm(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ References:
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,49 +79,104 @@ def inverse_spline(
     return value, -spline(value, x, y, slope)[1]
 
 
+class Knots(NamedTuple):
+    """The knots of splines, a row of them for each column.
+
+    Attributes:
+        x: Increasing knots (columns, knots).
+        y: Increasing values there.
+        slope: Positive slopes there.
+    """
+
+    x: Tensor
+    y: Tensor
+    slope: Tensor
+
+
 def fit_knots(
-    columns: Float[Tensor, "rows columns"], quantile: Callable[[Tensor], Tensor], knots: int
-) -> tuple[Float[Tensor, "columns knots"], Float[Tensor, "columns knots"]]:
-    r"""Return the knots of a map that gives columns another distribution: quantiles against quantiles.
+    columns: Float[Tensor, "rows columns"],
+    quantile: Callable[[Tensor], Tensor],
+    knots: int,
+    adjust: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Knots:
+    r"""Fit maps that give columns another distribution: quantiles of the rows to its quantiles.
 
     Probabilities are those of equal steps of a standard normal: narrow at the tails, with at
-    least ten rows beyond the outer knots. Repeated values would make a jump: knots keep a
-    thousandth of the typical distance.
+    least ten rows beyond the outer knots. What repeated values would make of it, a jump, is
+    avoided: knots that fall together are one, in the middle of their probabilities, and beyond
+    the outer ones no line is steeper than the way to the extreme rows.
 
     Args:
-        columns: Rows of the training split.
+        columns: Rows of the training split, no column constant.
         quantile: Quantile function of the distribution wanted, of probabilities in (0, 1).
         knots: Number of knots.
-
-    Returns:
-        Increasing knots, and the values there.
+        adjust: Changes the values at the knots (knots,), given both; None leaves them.
     """
-    rows = len(columns)
+    ordered = columns.double().sort(dim=0).values
+    fits = [_fit_column(ordered[:, column], quantile, knots, adjust) for column in range(columns.shape[1])]
+    return Knots(*(torch.stack(parts) for parts in zip(*fits, strict=True)))
+
+
+def _fit_column(
+    ordered: Tensor,
+    quantile: Callable[[Tensor], Tensor],
+    knots: int,
+    adjust: Callable[[Tensor, Tensor], Tensor] | None,
+) -> Knots:
+    rows = len(ordered)
     tail = torch.tensor(1 - _LEAST_ROWS / max(rows, 4 * _LEAST_ROWS), dtype=torch.float64)
     outer = min(_WIDEST, float(torch.special.ndtri(tail)))
-    probabilities = torch.special.ndtr(torch.linspace(-outer, outer, knots, dtype=torch.float64))
-    ordered = columns.double().sort(dim=0).values
+    p = torch.special.ndtr(torch.linspace(-outer, outer, knots, dtype=torch.float64))
     # torch.quantile refuses more than 16 million numbers.
-    position = probabilities * (rows - 1)
-    low = position.floor().long().clamp(max=max(rows - 2, 0))
-    x = torch.lerp(ordered[low], ordered[(low + 1).clamp(max=rows - 1)], (position - low)[:, None]).mT.contiguous()
-    steps = x.diff(dim=1)
-    typical = (steps.sum(dim=1, keepdim=True) / (knots - 1)).clamp(min=torch.finfo(torch.float64).tiny)
-    x = torch.cat([x[:, :1], x[:, :1] + steps.clamp(min=1e-3 * typical).cumsum(dim=1)], dim=1)
-    return x, quantile(probabilities).expand(len(x), -1).contiguous()
+    position = p * (rows - 1)
+    low = position.floor().long().clamp(max=rows - 2)
+    x = torch.lerp(ordered[low], ordered[low + 1], position - low)
+    x, p = _merged(x, p, max(1e-3 * (x[-1] - x[0]) / (knots - 1), 1e-9 * (ordered[-1] - ordered[0])))
+    if len(x) == 1:  # nearly all rows are equal: a straight line by mean and spread
+        p = torch.special.ndtr(torch.tensor([-1.0, 1.0], dtype=torch.float64))
+        x = ordered.mean() + ordered.std() * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    # With the extreme rows at both ends, to see how steep the tails are.
+    p = torch.cat([p.new_tensor([0.5 / rows]), p, p.new_tensor([1 - 0.5 / rows])])
+    around = torch.cat([ordered[:1], x, ordered[-1:]])
+    y = quantile(p) if adjust is None else adjust(around, quantile(p))
+    slope = _slopes(x, y[1:-1])
+    usual = (y[-2] - y[1]) / (x[-1] - x[0])
+    for end, beyond in ((0, 0), (-1, -1)):
+        away, rise = (around[beyond] - x[end]).abs(), (y[beyond] - y[1:-1][end]).abs()
+        further = away > 1e-3 * (x[-1] - x[0]) / len(x)
+        slope[end] = torch.minimum(slope[end], rise / away if further else usual)
+    return _padded(Knots(x, y[1:-1], slope), knots)
 
 
-def knot_slopes(x: Float[Tensor, "columns knots"], y: Float[Tensor, "columns knots"]) -> Float[Tensor, "columns knots"]:
-    """Return slopes at the knots: geometric means of the neighbours, as in Gregory & Delbourgo.
+def _merged(x: Tensor, p: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means of knots and probabilities over each group of knots that are no further apart than that."""
+    group, start = [], 0
+    for k in range(len(x)):
+        if x[k] - x[start] > least:
+            start = k
+        group.append(start)
+    _, number, counts = torch.unique_consecutive(torch.tensor(group), return_inverse=True, return_counts=True)
+    zeros = x.new_zeros(len(counts))
+    return zeros.index_add(0, number, x) / counts, zeros.index_add(0, number, p) / counts
 
-    Args:
-        x: Increasing knots.
-        y: Increasing values there.
-    """
-    width = x.diff(dim=1)
-    s = (y.diff(dim=1) / width).log()
-    share = width[:, 1:] / (width[:, 1:] + width[:, :-1])
-    return torch.cat([s[:, :1], torch.lerp(s[:, 1:], s[:, :-1], share), s[:, -1:]], dim=1).exp()
+
+def _slopes(x: Tensor, y: Tensor) -> Tensor:
+    """Return slopes at the knots: geometric means of the neighbours, as in Gregory & Delbourgo."""
+    width = x.diff()
+    s = (y.diff() / width).log()
+    share = width[1:] / (width[1:] + width[:-1])
+    return torch.cat([s[:1], torch.lerp(s[1:], s[:-1], share), s[-1:]]).exp()
+
+
+def _padded(few: Knots, knots: int) -> Knots:
+    """Return the same map with more knots, which lie on its upper straight line."""
+    x, y, slope = few
+    more = torch.arange(1, knots - len(x) + 1, dtype=torch.float64) * (x[-1] - x[-2])
+    return Knots(
+        torch.cat([x, x[-1] + more]),
+        torch.cat([y, y[-1] + slope[-1] * more]),
+        torch.cat([slope, slope[-1].expand(len(more))]),
+    )
 
 
 def log_chi_quantile(probabilities: Tensor, degrees: int) -> Tensor:
