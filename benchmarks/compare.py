@@ -46,7 +46,7 @@ DATA: dict[str, dict[str, Any]] = {
     "power": {
         "common": ["dataset.root=${paths.data}/uci_partial", "dataset.allow_partial=true"],
         "best": ["experiment=best/power", "dataset.evaluation_batch_size=2000", "trainer.limit_val_batches=2"],
-        "steps": (1200, 40),
+        "steps": (550, 45),
         "ffjord": ["experiment=ffjord/power", "dataset.batch_size=1000", "trainer.limit_val_batches=1"],
         "nsf": ["dataset=power", "preprocess=whiten"],
         "nsf_gaussianised": ["dataset=power", "preprocess=[gaussianise,whiten]"],

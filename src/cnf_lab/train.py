@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cnf_lab.data import FlowDataModule
 from cnf_lab.errors import ConfigError
-from cnf_lab.flows import Flow, continuous_blocks
+from cnf_lab.flows import continuous_blocks
 from cnf_lab.models import FlowModule
 from cnf_lab.training import tracking
 from cnf_lab.training.build import (
@@ -70,7 +70,7 @@ def train(config: DictConfig) -> float:
         trainer = build_trainer(config)
         tracking.log_config(trainer.loggers, plain(config))
         if trainer.is_global_zero:
-            announce(config, data, flow, folder)
+            announce(config, data, module, folder)
         started = time.monotonic()
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
         seconds, steps = time.monotonic() - started, float(trainer.global_step)
@@ -83,7 +83,7 @@ def train(config: DictConfig) -> float:
     finally:
         tracking.finish(failed)
     if trainer.is_global_zero:
-        report(config, data, flow, metrics, folder)
+        report(config, data, module, metrics, folder)
     return metrics.get(module.monitor, math.inf)
 
 
@@ -159,13 +159,15 @@ def load_best(module: FlowModule, trainer: pl.Trainer) -> None:
         module.load_state_dict(load_checkpoint(best)["state_dict"])
 
 
-def report(config: DictConfig, data: FlowDataModule, flow: Flow, metrics: dict[str, float], folder: Path) -> None:
+def report(
+    config: DictConfig, data: FlowDataModule, module: FlowModule, metrics: dict[str, float], folder: Path
+) -> None:
     """Write metrics.json and say where the run ended."""
     (folder / "FAILED").unlink(missing_ok=True)
     context = {
         "unit": data.unit,
         "data": data.describe(),
-        **solves(config, flow),
+        **solves(config, module),
         "seed": config.seed,
         **environment(),
     }
@@ -181,30 +183,33 @@ def report(config: DictConfig, data: FlowDataModule, flow: Flow, metrics: dict[s
     log.info("run folder %s", folder)
 
 
-def solves(config: DictConfig, flow: Flow) -> dict[str, Any]:
-    """Return what likelihoods were solved with; None where a flow solves nothing."""
-    blocks = continuous_blocks(flow)
+def solves(config: DictConfig, module: FlowModule) -> dict[str, Any]:
+    """Return what likelihoods were solved with, and training's steps; None where nothing was solved."""
+    blocks = continuous_blocks(module)
     if not blocks:
         return {"solver": None, "trace": None, "training": None}
+    # As it was at the end: the guard may have tightened it.
+    training = {"solver": blocks[0].solver.describe(), "trace": plain(config.trace)}
     return {
         "solver": build_solvers(config.solver)[1].describe(),
         "trace": plain(config.model.evaluation_trace),
-        # As it was at the end: the guard may have tightened it.
-        "training": {"solver": blocks[0].solver.describe(), "trace": plain(config.trace)},
+        "training": training if module.solves else None,
     }
 
 
-def announce(config: DictConfig, data: FlowDataModule, flow: Flow, folder: Path) -> None:
+def announce(config: DictConfig, data: FlowDataModule, module: FlowModule, folder: Path) -> None:
     """Say what is about to run."""
     rows = ", ".join(f"{count:,} {split}" for split, count in data.describe()["rows"].items())
-    parameters = sum(parameter.numel() for parameter in flow.parameters())
+    parameters = sum(parameter.numel() for parameter in module.flow.parameters())
     log.info("%s: events %s, rows %s", data.name, tuple(data.event_shape), rows)
     log.info("model %s with %s parameters; run folder %s", config.model.name, f"{parameters:,}", folder)
-    blocks = continuous_blocks(flow)
-    if blocks:  # whose fields are all of one kind
+    blocks = continuous_blocks(module)
+    if not blocks:
+        log.info("no vector field: architecture, solver and trace are not used")
+    elif module.solves:  # the fields of all blocks are of one kind
         log.info("divergence in training: %s", build(config.trace, "trace").describe(blocks[0].field))
     else:
-        log.info("no vector field: architecture, solver and trace are not used")
+        log.info("training does not solve: trace and the tolerance of solver are those of evaluation only")
     for note in data.notes:
         log.warning("%s", note)
 

@@ -64,7 +64,8 @@ CHAINS = {
     "one-block": lambda shape: [NoPreprocess(shape), block(mlp(shape))],
     "three-blocks": lambda shape: [block(mlp(shape)) for _ in range(3)],
     "trained-end-time": lambda shape: [block(mlp(shape), end_time=0.7, train_end_time=True)],
-    "residual": lambda shape: [block(Residual(shape, 4, 1, Tanh, 1))],
+    # Narrow: with weights as large as these a wider one stretches errors beyond ten tolerances.
+    "residual": lambda shape: [block(Residual(shape, 3, 1, Tanh, 1))],
     "encoder-decoder": lambda shape: [block(EncoderDecoder(shape, [5, 2], ConcatSquash, Tanh))],
     "batch-norm": lambda shape: blocks(shape, MovingBatchNorm, 2),
     "act-norm": lambda shape: blocks(shape, ActNorm, 1),

@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from cnf_lab.data.toy import Pinwheel, ToyDataModule
+from cnf_lab.errors import ConfigError
 from cnf_lab.fields import Concat, Mlp, Tanh
 from cnf_lab.flows import ContinuousFlow, Flow, StandardNormal
 from cnf_lab.models import DensityModule
@@ -174,6 +175,39 @@ def test_patience_ends_a_stage_before_the_last_and_then_the_run():
     trainer, watch = fit(net, StageStopping(monitor="val/nll", patience=2))
     assert [entry[0] for entry in watch.epochs] == ["flow_matching"] * 3 + ["likelihood"] * 2
     assert trainer.should_stop
+
+
+def test_what_ran_out_of_patience_goes_on_from_its_best(tmp_path: Path):
+    net = module(StagePlan(steps=400), StagePlan(steps=4), kind=told(lambda epoch: abs(epoch - 1.0)))
+    best = MovableCheckpoint(dirpath=tmp_path, filename="best", monitor="val/nll")
+    _, watch = fit(net, best, StageStopping(monitor="val/nll", patience=2))
+    assert [entry[0] for entry in watch.epochs] == ["flow_matching"] * 4 + ["likelihood"]
+    assert torch.equal(watch.epochs[4][3], watch.after[7])  # as after epoch 1
+    assert not torch.equal(watch.epochs[4][3], watch.after[15])
+
+
+def test_steps_are_those_of_the_optimiser():
+    trainer, watch = fit(module(StagePlan(steps=4), StagePlan(steps=2)), accumulate_grad_batches=2)
+    assert trainer.global_step == 6
+    assert [entry[0] for entry in watch.epochs] == ["flow_matching"] * 2 + ["likelihood"]
+
+
+def test_a_stage_that_will_not_begin_is_said(caplog):
+    fit(module(StagePlan(steps=40), StagePlan()), epochs=1)
+    assert "likelihood take 10: it will not begin. Type trainer.max_epochs=-1" in caplog.text
+    caplog.clear()
+    fit(module(StagePlan(steps=4), StagePlan()), epochs=2)
+    assert "it will not begin" not in caplog.text
+
+
+def test_what_the_second_stage_refuses_is_said_at_the_start():
+    def schedule(optimizer, epochs=-1):
+        return cosine(optimizer, epochs)
+
+    with pytest.raises(ConfigError, match=r"trainer\.max_epochs"):
+        fit(module(StagePlan(steps=8), StagePlan(), schedule=schedule))
+    _, watch = fit(module(StagePlan(steps=8), StagePlan(lr=1.0), schedule=schedule), epochs=4)
+    assert [rate for _, rate, _, _ in watch.epochs[2:]] == pytest.approx([1.0, 0.5])
 
 
 def test_a_value_that_is_not_finite_stops_the_run_in_any_stage():

@@ -208,6 +208,11 @@ class Hyper(TimeLinear):
         shift, weight = out.split([self.out_features, self.out_features * self.in_features], dim=-1)
         return AffineMap(weight.unflatten(-1, (self.out_features, self.in_features)), None, shift)
 
+    def zero(self) -> None:
+        """Set the network's last layer to zero; a network of zeros could not learn what depends on time."""
+        for parameter in self.network[-1].parameters():
+            nn.init.zeros_(parameter)
+
 
 class Embedded(TimeLinear):
     """(1 + g(e)) (W x + b) + s(e), with e a learned embedding of time, g and s linear in it.

@@ -84,8 +84,9 @@ class EndTime(Rider, ABC):
 def halts(solver: OdeSolver, t1: float, moments: Iterable[float]) -> list[float]:
     """Return the times of some moments of a solve from 0 to t1, start and end included, in order.
 
-    On a fixed grid they move to the nearest of its points: the steps stay as they are, and
-    nothing is evaluated besides.
+    On a fixed grid they move to the nearest of its inner points: the steps stay as they are, and
+    nothing is evaluated besides (but by multistep methods, which begin anew). A grid of one step
+    has no inner points.
 
     Args:
         solver: The solver.
@@ -95,8 +96,9 @@ def halts(solver: OdeSolver, t1: float, moments: Iterable[float]) -> list[float]
     size = _step_size(solver, t1)
     times = [moment * t1 for moment in moments]
     if size is not None:
-        points = [round(t / size) * size for t in times]
-        times = [t if t < t1 - ROUND_OFF * size else t1 for t in points]
+        # Not to the ends, which are among the points already.
+        points = [max(round(t / size), 1) * size for t in times]
+        times = [t if t < t1 - ROUND_OFF * size else max(t1 - size, min(size, t1)) for t in points]
     return sorted([0.0, *times, t1])
 
 

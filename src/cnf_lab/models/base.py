@@ -29,7 +29,8 @@ class FlowModule(pl.LightningModule):
     processes draw different probes, and a resumed run draws the same ones.
 
     An objective in stages is trained one stage after the other. The weights go on as they are, or
-    from the best so far; optimiser and schedule start anew.
+    from the best so far where the stage asks for it or patience ended the one before; optimiser
+    and schedule start anew.
 
     Args:
         flow: The density.
@@ -66,6 +67,7 @@ class FlowModule(pl.LightningModule):
         self.stage_index = 0
         self._stage_epochs = 0  # finished epochs of the stage
         self._stage_cut = False  # whether something ended it before its budget
+        self.began_from_best = False
         self._usual_validation: int | None = None
         self._optimiser, self._schedule = optimiser, schedule
 
@@ -73,6 +75,11 @@ class FlowModule(pl.LightningModule):
     def stage(self) -> Stage:
         """The stage that training is in."""
         return self.stages[self.stage_index]
+
+    @property
+    def solves(self) -> bool:
+        """Whether any stage's steps solve."""
+        return any(stage.objective.solves for stage in self.stages)
 
     @property
     def in_last_stage(self) -> bool:
@@ -132,13 +139,24 @@ class FlowModule(pl.LightningModule):
         """Let schedules step with the last batch of an epoch, and keep a finished run from going on."""
         self._usual_validation = self.trainer.check_val_every_n_epoch
         self._step_schedules_by_epoch()
+        for stage in self.stages[self.stage_index + 1 :]:
+            self._optimisation(stage)  # what it refuses is said now, not at the hand-over
+        budgets = [self._epochs_of(stage) or 0 for stage in self.stages[:-1]]
+        if budgets and 0 <= (self.trainer.max_epochs or -1) <= sum(budgets) and self.trainer.is_global_zero:
+            log.warning(
+                "Expected epochs for every stage, got trainer.max_epochs=%d where the stages before %s take %d: it "
+                "will not begin. Type trainer.max_epochs=-1, or lower recipe.flow_matching_steps.",
+                self.trainer.max_epochs,
+                self.stages[-1].name,
+                sum(budgets),
+            )
         self.trainer.should_stop |= self._stage_over and self.in_last_stage
 
     def on_train_epoch_start(self) -> None:
         """Begin the next stage where it is due, and settle when validation comes."""
         if self._stage_over and not self.in_last_stage:
             self._hand_over()
-        last = self._stage_epochs + 1 == self._epochs_of_stage()
+        last = self._stage_epochs + 1 == self._epochs_of(self.stage)
         every = self.stage.plan.validate_every_n_epochs or self._usual_validation
         self.trainer.check_val_every_n_epoch = 1 if last else every
         if len(self.stages) > 1:
@@ -160,32 +178,35 @@ class FlowModule(pl.LightningModule):
 
     @property
     def _stage_over(self) -> bool:
-        epochs = self._epochs_of_stage()
+        epochs = self._epochs_of(self.stage)
         return self._stage_cut or (epochs is not None and self._stage_epochs >= epochs)
 
-    def _epochs_of_stage(self) -> int | None:
-        """Return the epochs of the stage's step budget, or None without one."""
-        if self.stage.plan.steps is None:
+    def _epochs_of(self, stage: Stage) -> int | None:
+        """Return the epochs of a stage's step budget, or None without one."""
+        if stage.plan.steps is None:
             return None
         if self.trainer.train_dataloader is None:  # the optimiser is made before the data are loaded
             self.trainer.fit_loop.setup_data()
-        return math.ceil(self.stage.plan.steps / self.trainer.num_training_batches)
+        per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        return math.ceil(stage.plan.steps / per_epoch)
 
     def _hand_over(self) -> None:
-        before = self.stage.name
+        before, cut = self.stage.name, self._stage_cut
         self.stage_index, self._stage_epochs, self._stage_cut = self.stage_index + 1, 0, False
-        if self.stage.plan.from_best:
-            self._load_best()
+        # What ran out of patience has got worse since its best.
+        self.began_from_best = (cut or self.stage.plan.from_best) and self._load_best()
         self.trainer.strategy.setup_optimizers(self.trainer)
         self._step_schedules_by_epoch()
         if self.trainer.is_global_zero:
             log.info("step %d: %s hands over to %s", self.trainer.global_step, before, self.stage.name)
 
-    def _load_best(self) -> None:
+    def _load_best(self) -> bool:
         for callback in self.trainer.checkpoint_callbacks:
             path = getattr(callback, "best_model_path", "")
             if path and getattr(callback, "monitor", None) == self.monitor:
                 self.load_state_dict(torch.load(path, map_location=self.device, weights_only=True)["state_dict"])
+                return True
+        return False
 
     def _step_schedules_by_epoch(self) -> None:
         # Lightning's own interval "epoch" steps them after the epoch's checkpoint is written, and
@@ -201,11 +222,17 @@ class FlowModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimiser and its schedule for the stage."""
-        lr, epochs = self.stage.plan.lr, self._epochs_of_stage()
-        own = {} if lr is None else {"lr": lr}
+        return self._optimisation(self.stage)
+
+    def _optimisation(self, stage: Stage) -> OptimizerLRScheduler:
+        own = {} if stage.plan.lr is None else {"lr": stage.plan.lr}
         optimiser = self._optimiser(params=[p for p in self.parameters() if p.requires_grad], **own)
         if self._schedule is None:
             return optimiser
+        epochs = self._epochs_of(stage)
+        limit = self.trainer.max_epochs or -1
+        if epochs is None and len(self.stages) > 1 and limit > 0:  # what the stages before leave
+            epochs = max(1, limit - sum(self._epochs_of(before) or 0 for before in self.stages[:-1]))
         schedule: LRSchedulerConfigType = {
             "scheduler": self._schedule(optimizer=optimiser, **({} if epochs is None else {"epochs": epochs})),
             "interval": "step",  # once per epoch all the same: see _step_schedules_by_epoch

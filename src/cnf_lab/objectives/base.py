@@ -29,6 +29,9 @@ class LossTerms:
 class Objective(ABC):
     """What training minimises."""
 
+    #: Whether its steps solve, with the solver and the divergence of training.
+    solves: bool = True
+
     def check(self, flow: Flow) -> None:
         """Refuse a flow that this objective cannot train.
 
@@ -77,7 +80,9 @@ class StagePlan:
         for name in ("steps", "lr", "rows", "validate_every_n_epochs"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ConfigError(f"Expected {name} of a stage above 0 or null, got {value}. Type {name}: null.")
+                raise ConfigError(
+                    f"Expected {name} of a stage above 0, got {value}. Type objective.<stage>.{name}=<number>."
+                )
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from cnf_lab.errors import ConfigError
 from cnf_lab.flows import BlockSequence, Flow
+from cnf_lab.flows.riders import Rider
 from cnf_lab.objectives.base import LossTerms, Objective, Stage, StagedObjective, StagePlan
 from cnf_lab.objectives.likelihood import Likelihood
 from cnf_lab.objectives.paths import Coupling, Path, Times
-from cnf_lab.objectives.regularisers import Regulariser
 
 
 class FlowMatching(Objective):
@@ -36,12 +36,14 @@ class FlowMatching(Objective):
         Lipman et al., Flow Matching for Generative Modeling (2023), https://arxiv.org/abs/2210.02747.
     """
 
+    solves = False
+
     def __init__(
         self,
         path: Path,
         times: Times,
         coupling: Coupling,
-        regularisers: Mapping[str, Regulariser] | None = None,
+        regularisers: Mapping[str, Rider] | None = None,
     ) -> None:
         if regularisers:
             raise ConfigError(
@@ -92,7 +94,7 @@ class FlowMatchingThenLikelihood(StagedObjective):
         coupling: Coupling,
         flow_matching: StagePlan,
         likelihood: StagePlan,
-        regularisers: Mapping[str, Regulariser] | None = None,
+        regularisers: Mapping[str, Rider] | None = None,
     ) -> None:
         if flow_matching.steps is None:
             raise ConfigError(

@@ -87,9 +87,7 @@ def build_flow(config: DictConfig, event_shape: Iterable[int], context_features:
         "evaluation_divergence": build(config.model.evaluation_trace, "model.evaluation_trace")
         if "evaluation_trace" in config.model
         else None,
-        "preprocess": [
-            build_factory(node, f"preprocess.{name}") for name, node in _several(config, "preprocess") if node
-        ],
+        "preprocess": [build_factory(node, f"preprocess.{name}") for name, node in _layers(config) if node],
         "normalisation": build_factory(config.normalisation, "normalisation") if config.normalisation else None,
     }
     # A model gets what it has an argument for: one without a vector field has none for a solver.
@@ -177,8 +175,16 @@ def _several(config: DictConfig, group: str) -> Iterable[tuple[Any, Any]]:
     return (OmegaConf.select(config, group) or {}).items()
 
 
+def _layers(config: DictConfig) -> Iterable[tuple[Any, Any]]:
+    """Return the nodes of preprocess; runs before there could be several have one without a name."""
+    return [("layer", config.preprocess)] if "_target_" in config.preprocess else _several(config, "preprocess")
+
+
 def _check_options(config: DictConfig | dict[str, Any], what: str) -> None:
-    """Say which option is unknown, or is a text where a number belongs."""
+    """Say which option is unknown, or is a text where a number belongs, of parts of the part too."""
+    for key, value in config.items():
+        if OmegaConf.is_dict(value) and "_target_" in value:
+            _check_options(value, f"{what}.{key!s}")
     target = get_object(config["_target_"])
     parameters = inspect.signature(target).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

@@ -153,11 +153,17 @@ class StageAveraging(WeightAveraging):
             raise ConfigError(f"Expected callbacks.ema.decay in [0, 1), got {decay}. Type callbacks.ema.decay=0.999.")
 
         def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
-            own = min(decay, (1 + float(updates)) / (10 + float(updates)))
-            return torch.lerp(current, averaged, own)
+            # Without a number on the host: that would wait for the GPU at every weight.
+            count = torch.as_tensor(updates, device=averaged.device).to(averaged.dtype)
+            return torch.lerp(current, averaged, ((1 + count) / (10 + count)).clamp(max=decay))
 
         super().__init__(use_buffers=use_buffers, avg_fn=average)
         self._stage = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Lightning calls it before the module is on its device, where the copy belongs too.
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -165,7 +171,7 @@ class StageAveraging(WeightAveraging):
         stage = getattr(pl_module, "stage_index", 0)
         if stage != self._stage:
             assert self._average_model is not None
-            if not (isinstance(pl_module, FlowModule) and pl_module.stage.plan.from_best):
+            if not (isinstance(pl_module, FlowModule) and pl_module.began_from_best):
                 self._copy_average_to_current(pl_module)
             self._average_model.n_averaged = torch.zeros_like(self._average_model.n_averaged)  # next comes a copy
             self._stage = stage
@@ -183,12 +189,22 @@ class StageStopping(EarlyStopping):
 
     Args:
         monitor: Name of the watched metric.
-        **options: Lightning's other options.
+        mode: Whether ``min`` or ``max`` is better.
+        patience: Validations without improvement before the end.
+        min_delta: Least change that counts as improvement.
+        check_finite: Whether a value that is not finite stops the run.
     """
 
-    def __init__(self, monitor: str, **options: Any) -> None:
+    def __init__(
+        self,
+        monitor: str = "val/nll",
+        mode: str = "min",
+        patience: int = 31,
+        min_delta: float = 0.0,
+        check_finite: bool = True,
+    ) -> None:
         # At the end of a training epoch the metric may be one of an earlier validation.
-        super().__init__(monitor, check_on_train_epoch_end=False, **options)
+        super().__init__(monitor, min_delta, patience, False, mode, True, check_finite, check_on_train_epoch_end=False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before = trainer.should_stop
