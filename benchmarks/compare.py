@@ -161,7 +161,7 @@ def table(path: Path) -> str:
     lines = [
         f"\n## {data}, {some['minutes']:g} minutes on {some['threads']} "
         f"{'thread' if some['threads'] == 1 else 'threads'}\n",
-        f"{DATA[data]['note']}; {some['report']['context']['machine']}.\n",
+        f"{DATA[data]['note']}; {some['report']['context']['machine']}.{content.get('remark', '')}\n",
         "| recipe | test log-likelihood | above the Gaussian | validation | training rows | seconds | steps | solver |",
         "|---|---|---|---|---|---|---|---|",
         f"| Gaussian | {base:.2f} ± {content['gaussian']['standard_error']:.2f} | 0 | | | | | closed form |",
@@ -196,7 +196,9 @@ def draw(path: Path) -> None:
             axes.plot(seconds, values, label=name, marker=".", ms=3, lw=1)
     axes.set_xscale("log")
     top = max((value for fit in content["contenders"].values() for _, value in fit["curve"]), default=lowest + 1)
-    axes.set_ylim(lowest - 0.1 * (top - lowest), top + 0.05 * (top - lowest))
+    reached = [max(value for _, value in fit["curve"]) for fit in content["contenders"].values() if fit["curve"]]
+    bottom = min([lowest, *reached])
+    axes.set_ylim(bottom - 0.1 * (top - bottom), top + 0.05 * (top - bottom))
     panels.dress(axes, xlabel="seconds of training", ylabel="validation log-likelihood (nats)")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=110)
