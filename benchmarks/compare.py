@@ -47,8 +47,8 @@ DATA: dict[str, dict[str, Any]] = {
         "nsf": ["dataset=bsds300_patches", "preprocess=whiten"],
         "nsf_radial": ["dataset=bsds300_patches", "preprocess=[whiten,radial]"],
         "note": "test patches from 20 held-out training photographs; ffjord with batches of 250 instead of 10,000 "
-        "rows, for a batch of 10,000 would take most of the budget, and tested on 250 rows of those photographs, for the "
-        "exact divergence of its three layers takes a product per coordinate",
+        "rows, for a batch of 10,000 would take most of the budget, and tested on 250 rows, for the exact divergence "
+        "of its three layers takes a product per coordinate",
     },
     "power": {
         "common": ["dataset.root=${paths.data}/uci_partial", "dataset.allow_partial=true"],
