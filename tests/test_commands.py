@@ -99,7 +99,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = pd.DataFrame({"a": 100 + 5 * context + rng.normal(size=120), "b": rng.normal(size=120), "c": context})
     table.to_csv(folder / "table.csv", index=False)
     arguments = ["dataset=custom", f"dataset.path={folder / 'table.csv'}", "dataset.context=[c]", *QUICK]
-    arguments.append("objective=likelihood")
+    arguments += ["objective=likelihood", "preprocess=standardise"]  # smooth, so that a grid integrates it
     command = [sys.executable, "-m", "cnf_lab.train", *arguments, f"hydra.run.dir={folder / 'run'}"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return folder
