@@ -111,12 +111,14 @@ def run(data: str, contender: str, minutes: float, threads: int) -> dict[str, An
     print("python -m cnf_lab.train", shlex.join(options), flush=True)
     subprocess.run([sys.executable, "-m", "cnf_lab.train", *options], check=True, cwd=ROOT)
     report = json.loads((folder / "metrics.json").read_text())
+    # As typed: the report's own has the data folder of this machine in it.
+    report["context"]["command"] = f"python -m cnf_lab.train {shlex.join(options)}"
     found = {"report": report, "train": training_likelihood(folder), "curve": curve(folder / "metrics.csv")}
     return {**found, "minutes": minutes, "threads": threads}
 
 
 def training_likelihood(folder: Path) -> float:
-    """Return the log-likelihood of up to 2,000 training rows, computed as the test rows' is: overfitting shows."""
+    """Return the log-likelihood of training rows, as many as of the test but at most 2,000: overfitting shows."""
     import torch
     from omegaconf import OmegaConf
 
@@ -124,7 +126,8 @@ def training_likelihood(folder: Path) -> float:
     from cnf_lab.training.run import restore_flow
 
     flow, rebuild = restore_flow(folder)
-    rows = build_data(OmegaConf.create(rebuild["config"])).head("train", 2000)
+    data = build_data(OmegaConf.create(rebuild["config"]))
+    rows = data.head("train", min(2000, len(data.split("test"))))
     contexts = [None] * len(rows.x) if rows.context is None else rows.context.split(500)
     pairs = zip(rows.x.split(500), contexts, strict=False)
     return torch.cat([flow.log_prob(x, context) for x, context in pairs]).mean().item()
@@ -195,18 +198,25 @@ def draw(path: Path) -> None:
     content = json.loads(path.read_text())
     figure = panels.new_figure(7.0, 3.6)
     axes = figure.subplots()
-    lowest = content["gaussian"]["log_likelihood"]
-    axes.axhline(lowest, color="#888888", lw=0.8, ls=":", label="Gaussian (test rows)")
-    for name, fit in content["contenders"].items():
-        if fit["curve"]:
-            seconds, values = zip(*fit["curve"], strict=True)
-            axes.plot(seconds, values, label=name, marker=".", ms=3, lw=1)
-    axes.set_xscale("log")
-    top = max((value for fit in content["contenders"].values() for _, value in fit["curve"]), default=lowest + 1)
-    reached = [max(value for _, value in fit["curve"]) for fit in content["contenders"].values() if fit["curve"]]
-    bottom = min([lowest, *reached])
+    gaussian_level = content["gaussian"]["log_likelihood"]
+    axes.axhline(gaussian_level, color="#888888", lw=0.8, ls=":", label="Gaussian (test rows)")
+    curves = {name: fit["curve"] for name, fit in content["contenders"].items() if fit["curve"]}
+    reached = {name: max(value for _, value in curve) for name, curve in curves.items()}
+    top = max(reached.values(), default=gaussian_level + 1)
+    # What stays far below the Gaussian would leave no room to tell the others apart.
+    floor = gaussian_level - 0.5 * (top - gaussian_level)
+    for name, curve in curves.items():
+        label = name if reached[name] > floor else f"{name}: below, {reached[name]:.0f}"
+        axes.plot(*zip(*curve, strict=True), label=label, marker=".", ms=3, lw=1)
+    bottom = min([gaussian_level, *(value for value in reached.values() if value > floor)])
     axes.set_ylim(bottom - 0.1 * (top - bottom), top + 0.05 * (top - bottom))
     panels.dress(axes, xlabel="seconds of training", ylabel="validation log-likelihood (nats)")
+    axes.set_xscale("log")
+    limits = axes.get_xlim()
+    axes.set_xticks([1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600])
+    axes.set_xlim(limits)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=110)
 
