@@ -10,6 +10,7 @@ from torch import Tensor
 from cnf_lab.errors import ConfigError
 from cnf_lab.fields import Blend, ConcatSquash, Mlp, Tanh, VectorField
 from cnf_lab.flows import Chain, ContinuousFlow, Flow, NoPreprocess, StandardNormal
+from cnf_lab.flows.riders import halts
 from cnf_lab.objectives import KineticEnergy, Likelihood, RandomEndTime, TrajectoryPolynomial
 from cnf_lab.ode import OdeSolver, RungeKuttaSolver, TorchdiffeqSolver
 from cnf_lab.trace import Exact, Hutchinson, Rademacher
@@ -245,3 +246,13 @@ def test_a_penalty_of_points_trains(x):
 def test_polynomials_that_fit_any_points_are_refused(times, degree):
     with pytest.raises(ConfigError, match=f"got {degree} and {times}. Type regulariser.tpr.degree=1"):
         TrajectoryPolynomial(1.0, times, degree)
+
+
+@pytest.mark.parametrize(("moment", "point"), [(0.02, 0.4), (0.4, 0.4), (0.7, 0.8), (0.99, 0.8)])
+def test_halts_are_inner_points_of_a_grid_whose_last_step_is_shorter(moment, point):
+    grid = RungeKuttaSolver("rk4", options={"step_size": 0.4})
+    assert halts(grid, 1.1, [moment]) == pytest.approx([0.0, point, 1.1])
+
+
+def test_a_grid_of_one_step_has_no_halts():
+    assert halts(RungeKuttaSolver("rk4", options={"step_size": 2.0}), 1.0, [0.5]) == [0.0, 1.0]

@@ -88,12 +88,30 @@ class VectorField(nn.Module, ABC):
         Returns:
             The value (batch, \*event) and the part of the divergence (batch,).
         """
-        units = torch.eye(stop - start, x.shape[1:].numel(), dtype=x.dtype, device=x.device).roll(start, 1)
-        products = self.value_and_jvp if self.forward_mode else self.value_and_vjp
-        value, found = products(t, x, units.reshape(-1, 1, *x.shape[1:]), context)
+        value, found = self.value_and_unit_products(t, x, start, stop, context)
         # Entry (k, b) of the diagonal is d f_{start + k} / d x_{start + k} of row b.
         diagonal = found.flatten(2)[:, :, start:stop].diagonal(dim1=0, dim2=2)
         return value, diagonal.to(x.dtype).sum(dim=-1)
+
+    def value_and_unit_products(
+        self, t: Time, x: Tensor, start: int, stop: int, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        r"""Return dx/dt and products of the Jacobian with some unit vectors.
+
+        Args:
+            t: Time.
+            x: State (batch, \*event).
+            start: The first coordinate.
+            stop: The coordinate after the last.
+            context: Conditioning (batch, features) or None.
+
+        Returns:
+            The value (batch, \*event) and the products (k, batch, \*event): columns of the
+            Jacobian in forward mode, rows where the field has reverse mode only.
+        """
+        units = torch.eye(stop - start, x.shape[1:].numel(), dtype=x.dtype, device=x.device).roll(start, 1)
+        products = self.value_and_jvp if self.forward_mode else self.value_and_vjp
+        return products(t, x, units.reshape(-1, 1, *x.shape[1:]), context)
 
     def value_and_jvp(
         self, t: Time, x: Tensor, tangents: Tensor, context: Tensor | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cnf_lab.errors import ConfigError, DataError
-from cnf_lab.flows.preprocess import DoubleBuffers, Preprocess
+from cnf_lab.flows.preprocess import DoubleBuffers, Preprocess, check_variation
 from cnf_lab.flows.splines import fit_knots, inverse_spline, log_chi_quantile, spline
 
 _FEWEST, _MOST = 8, 256  # knots where their number is not given
@@ -81,12 +81,7 @@ class Gaussianise(_Splines):
             DataError: If a feature is constant.
         """
         columns = _thinned(batch.flatten(1) for batch in batches)
-        constant = (columns == columns[0]).all(dim=0).nonzero().flatten().tolist()
-        if constant:
-            raise DataError(
-                f"Expected features that vary over the training rows, got constant features number {constant}. "
-                "Drop them, or type preprocess=none."
-            )
+        check_variation(columns.amax(dim=0) - columns.amin(dim=0), "features", "type preprocess=none")
         self._fit(columns, torch.special.ndtri)
 
     def to_latent(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ class LinearPreprocess(DoubleBuffers, Preprocess):
             DataError: If a feature is constant, or one is a combination of others.
         """
         self.mean, covariance = moments(batches)
-        _check_variances(covariance.diagonal(), "features", "type preprocess=none")
+        check_variation(covariance.diagonal(), "features", "type preprocess=none")
         self.matrix, self.inverse = self.whitener(covariance)
         self.log_abs_det = torch.linalg.slogdet(self.matrix).logabsdet
 
@@ -156,7 +156,7 @@ class ContextScaler(DoubleBuffers):
     def fit(self, batches: Iterable[Tensor]) -> None:
         """Set mean and deviation from the training rows' contexts."""
         self.mean, covariance = moments(batches)
-        _check_variances(covariance.diagonal(), "context columns", "leave them out of dataset.context")
+        check_variation(covariance.diagonal(), "context columns", "leave them out of dataset.context")
         self.deviation = covariance.diagonal().sqrt()
 
     def forward(self, context: Tensor) -> Tensor:
@@ -182,8 +182,9 @@ def moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return shift + mean, outer / count - torch.outer(mean, mean)
 
 
-def _check_variances(variances: Tensor, what: str, advice: str) -> None:
-    constant = (variances <= 0).nonzero().flatten().tolist()
+def check_variation(spreads: Tensor, what: str, advice: str) -> None:
+    """Refuse columns whose variances, or other spreads, are not positive."""
+    constant = (spreads <= 0).nonzero().flatten().tolist()
     if constant:
         raise DataError(
             f"Expected {what} that vary over the training rows, got constant {what} number {constant}. "

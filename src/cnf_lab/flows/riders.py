@@ -1,6 +1,7 @@
 r"""What an objective sends along with a solve: integrals, points of the way, and a change of its end."""
 
 import functools
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -97,8 +98,8 @@ def halts(solver: OdeSolver, t1: float, moments: Iterable[float]) -> list[float]
     times = [moment * t1 for moment in moments]
     if size is not None:
         # Not to the ends, which are among the points already.
-        points = [max(round(t / size), 1) * size for t in times]
-        times = [t if t < t1 - ROUND_OFF * size else max(t1 - size, min(size, t1)) for t in points]
+        inner = math.ceil(t1 / size - ROUND_OFF) - 1
+        times = [min(max(round(t / size), 1), inner) * size for t in times] if inner else []
     return sorted([0.0, *times, t1])
 
 

@@ -44,10 +44,9 @@ def spline(
     mixed = xi * (1 - xi)
     below = s + (d0 + d1 - 2 * s) * mixed
     inside = y0 + height * (s * xi.square() + d0 * mixed) / below
-    log_slope = 2 * s.log() + (d1 * xi.square() + 2 * s * mixed + d0 * (1 - xi).square()).log() - 2 * below.log()
     # xi is clamped: beyond the knots `inside` is the outer value and the slope is the outer one.
     beyond = (v - x0 - width).clamp(min=0) * d1 + (v - x0).clamp(max=0) * d0
-    return inside + beyond, log_slope
+    return inside + beyond, _log_slope(xi, s, d0, d1)
 
 
 def inverse_spline(
@@ -75,8 +74,13 @@ def inverse_spline(
     a, b, c = height * (s - d0) + rise * bend, height * d0 - rise * bend, -s * rise
     xi = 2 * c / (-b - (b.square() - 4 * a * c).clamp(min=0).sqrt())
     beyond = (v - y0 - height).clamp(min=0) / d1 + (v - y0).clamp(max=0) / d0
-    value = x0 + xi * width + beyond
-    return value, -spline(value, x, y, slope)[1]
+    return x0 + xi * width + beyond, -_log_slope(xi, s, d0, d1)
+
+
+def _log_slope(xi: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
+    mixed = xi * (1 - xi)
+    below = s + (d0 + d1 - 2 * s) * mixed
+    return 2 * s.log() + (d1 * xi.square() + 2 * s * mixed + d0 * (1 - xi).square()).log() - 2 * below.log()
 
 
 class Knots(NamedTuple):
@@ -139,13 +143,13 @@ def _fit_column(
     p = torch.cat([p.new_tensor([0.5 / rows]), p, p.new_tensor([1 - 0.5 / rows])])
     around = torch.cat([ordered[:1], x, ordered[-1:]])
     y = quantile(p) if adjust is None else adjust(around, quantile(p))
-    slope = _slopes(x, y[1:-1])
-    usual = (y[-2] - y[1]) / (x[-1] - x[0])
-    for end, beyond in ((0, 0), (-1, -1)):
-        away, rise = (around[beyond] - x[end]).abs(), (y[beyond] - y[1:-1][end]).abs()
+    inner = y[1:-1]
+    slope, usual = _slopes(x, inner), (inner[-1] - inner[0]) / (x[-1] - x[0])
+    for end in (0, -1):
+        away, rise = (around[end] - x[end]).abs(), (y[end] - inner[end]).abs()
         further = away > 1e-3 * (x[-1] - x[0]) / len(x)
         slope[end] = torch.minimum(slope[end], rise / away if further else usual)
-    return _padded(Knots(x, y[1:-1], slope), knots)
+    return _padded(Knots(x, inner, slope), knots)
 
 
 def _merged(x: Tensor, p: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:

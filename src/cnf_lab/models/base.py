@@ -141,14 +141,14 @@ class FlowModule(pl.LightningModule):
         self._step_schedules_by_epoch()
         for stage in self.stages[self.stage_index + 1 :]:
             self._optimisation(stage)  # what it refuses is said now, not at the hand-over
-        budgets = [self._epochs_of(stage) or 0 for stage in self.stages[:-1]]
-        if budgets and 0 <= (self.trainer.max_epochs or -1) <= sum(budgets) and self.trainer.is_global_zero:
+        before = self._epochs_before_last
+        if before and 0 <= (self.trainer.max_epochs or -1) <= before and self.trainer.is_global_zero:
             log.warning(
                 "Expected epochs for every stage, got trainer.max_epochs=%d where the stages before %s take %d: it "
                 "will not begin. Type trainer.max_epochs=-1, or lower recipe.flow_matching_steps.",
                 self.trainer.max_epochs,
                 self.stages[-1].name,
-                sum(budgets),
+                before,
             )
         self.trainer.should_stop |= self._stage_over and self.in_last_stage
 
@@ -180,6 +180,10 @@ class FlowModule(pl.LightningModule):
     def _stage_over(self) -> bool:
         epochs = self._epochs_of(self.stage)
         return self._stage_cut or (epochs is not None and self._stage_epochs >= epochs)
+
+    @property
+    def _epochs_before_last(self) -> int:
+        return sum(self._epochs_of(stage) or 0 for stage in self.stages[:-1])
 
     def _epochs_of(self, stage: Stage) -> int | None:
         """Return the epochs of a stage's step budget, or None without one."""
@@ -232,7 +236,7 @@ class FlowModule(pl.LightningModule):
         epochs = self._epochs_of(stage)
         limit = self.trainer.max_epochs or -1
         if epochs is None and len(self.stages) > 1 and limit > 0:  # what the stages before leave
-            epochs = max(1, limit - sum(self._epochs_of(before) or 0 for before in self.stages[:-1]))
+            epochs = max(1, limit - self._epochs_before_last)
         schedule: LRSchedulerConfigType = {
             "scheduler": self._schedule(optimizer=optimiser, **({} if epochs is None else {"epochs": epochs})),
             "interval": "step",  # once per epoch all the same: see _step_schedules_by_epoch

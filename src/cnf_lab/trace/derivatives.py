@@ -129,9 +129,7 @@ def value_and_jacobian(
 def _products(
     field: VectorField, t: Time, x: Tensor, context: Tensor | None, start: int, stop: int
 ) -> tuple[Tensor, Float[Tensor, "k batch D"]]:
-    units = torch.eye(stop - start, x.shape[1:].numel(), dtype=x.dtype, device=x.device).roll(start, 1)
-    products = field.value_and_jvp if field.forward_mode else field.value_and_vjp
-    value, found = products(t, x, units.reshape(-1, 1, *x.shape[1:]), context)
+    value, found = field.value_and_unit_products(t, x, start, stop, context)
     return value, found.flatten(2).expand(-1, len(x), -1)
 
 
