@@ -172,12 +172,13 @@ def report(
         **environment(),
     }
     write_json(folder / "metrics.json", {**metrics, "context": context})
-    for stage in ("val", "test"):
-        if f"{stage}/nll" in metrics:
-            error = metrics.get(f"{stage}/nll_standard_error")
+    quantity = module.monitor.partition("/")[2]
+    for name in (f"val/{quantity}", f"test/{quantity}"):
+        if name in metrics:
+            error = metrics.get(f"{name}_standard_error")
             error_text = "" if error is None else f" ± {error:.4f}"
             truth = "" if data.entropy is None else f"; the true density has {data.entropy:.4f}"
-            log.info("%s/nll %.4f%s %s%s", stage, metrics[f"{stage}/nll"], error_text, data.unit, truth)
+            log.info("%s %.4f%s %s%s", name, metrics[name], error_text, data.unit, truth)
     for note in data.notes:
         log.warning("%s", note)
     log.info("run folder %s", folder)

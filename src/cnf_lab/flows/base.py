@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf_lab.flows.base_distribution import StandardNormal
+from cnf_lab.flows.dequantise import Dequantiser
 from cnf_lab.flows.riders import Integrand as Integrand
 from cnf_lab.flows.riders import Rider
 from cnf_lab.ode import OdeSolver, SolveStats
@@ -31,6 +32,7 @@ class Mapped:
         solves: What each solve cost, in the order of the map.
         log_det_error: Standard error of log_det over the probes of a stochastic divergence
             (batch,), in evaluation mode; NaN with one probe, None where log_det is exact.
+        block_log_dets: What each solve gave of log_det (batch,), in the order of ``solves``.
     """
 
     value: Tensor
@@ -38,6 +40,7 @@ class Mapped:
     integrals: tuple[Tensor, ...] = ()
     solves: tuple[SolveStats, ...] = ()
     log_det_error: Tensor | None = None
+    block_log_dets: tuple[Tensor, ...] = ()
 
 
 class Transform(nn.Module, ABC):
@@ -184,6 +187,7 @@ def _then(first: Mapped, second: Mapped) -> Mapped:
         tuple(a + b for a, b in pairs) or first.integrals,
         first.solves + second.solves,
         _in_quadrature(first.log_det_error, second.log_det_error),
+        first.block_log_dets + second.block_log_dets,
     )
 
 
@@ -209,6 +213,8 @@ class Flow(nn.Module):
         context_features: Size of the conditioning context; 0 for an unconditional density.
         context_encoder: Map from the context as the data give it to what the transform gets;
             None hands it on as it is.
+        dequantiser: Turns pixels, which are whole numbers, into the continuous values whose
+            density this is; None for data that are continuous.
     """
 
     def __init__(
@@ -217,10 +223,12 @@ class Flow(nn.Module):
         base: StandardNormal,
         context_features: int = 0,
         context_encoder: nn.Module | None = None,
+        dequantiser: Dequantiser | None = None,
     ) -> None:
         super().__init__()
         self.transform, self.base = transform, base
         self.context_features, self.context_encoder = context_features, context_encoder
+        self.dequantiser = dequantiser
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -277,17 +285,42 @@ class Flow(nn.Module):
         mapped = self.pull_back(x, context, generator)
         return self.base.log_prob(mapped.value) + mapped.log_det
 
+    def dequantise(
+        self, x: Float[Tensor, "batch *event"], generator: torch.Generator | None = None
+    ) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, " batch"]]:
+        r"""Return continuous values for rows as the data give them, and the log-density of what was added.
+
+        .. math:: \log P(x) \ge E_{q(u \mid x)}\left[\log p(x + u) - \log q(u \mid x)\right].
+
+        Args:
+            x: Data (batch, \*event): whole numbers where there is a dequantiser.
+            generator: Source of what is added.
+
+        Returns:
+            The rows, which are x itself without a dequantiser, and log q in nats.
+        """
+        return (x, x.new_zeros(len(x))) if self.dequantiser is None else self.dequantiser(x, generator)
+
     def sample(
         self,
         n: int,
         context: Float[Tensor, "rows features"] | None = None,
         generator: torch.Generator | None = None,
+        temperature: float = 1.0,
     ) -> Float[Tensor, "n *event"]:
-        """Draw n rows without a gradient; a context of one row is shared by all of them."""
+        """Draw n rows without a gradient.
+
+        Args:
+            n: Number of rows.
+            context: Conditioning, a row for each or one that is shared by all of them.
+            generator: Source of the latent rows.
+            temperature: Deviation of the latent rows; below 1 they keep to the likelier ones.
+        """
         if context is not None and len(context) == 1:
             context = context.expand(n, -1)
         with torch.no_grad():
-            return self.push_forward(self.base.sample(n, generator), context, with_log_det=False).value
+            latent = temperature * self.base.sample(n, generator)
+            return self.push_forward(latent, context, with_log_det=False).value
 
     @torch.no_grad()
     def trajectory(self, z: Tensor, context: Tensor | None = None, points: int = 2) -> Float[Tensor, "times n *event"]:

@@ -198,7 +198,7 @@ class ContinuousFlow(Transform):
         integrals, error = end[2 : 2 + len(integrands)], None
         if not divergence.exact and not self.training:
             error = standard_error(end[-1]) if len(end) > 2 + len(integrands) else torch.full_like(end[1], torch.nan)
-        return Mapped(end[0], end[1], _measured(riders, integrals, times, states), tuple(solves), error)
+        return Mapped(end[0], end[1], _measured(riders, integrals, times, states), tuple(solves), error, (end[1],))
 
 
 @dataclass(frozen=True)

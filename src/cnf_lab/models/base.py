@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cnf_lab.flows import Flow
-from cnf_lab.metrics import MeanWithError
 from cnf_lab.objectives import LossTerms, Objective, Stage, StagedObjective
 from cnf_lab.ode import backward_failures
 
@@ -116,14 +115,6 @@ class FlowModule(pl.LightningModule):
             self.log(f"train/{name}", mean, on_step=False, on_epoch=True, batch_size=len(values), sync_dist=True)
         self.log("train/loss", result.loss.detach(), on_step=True, on_epoch=False)
         return {"loss": result.loss, "solves": result.solves}
-
-    def log_mean(self, stage: str, name: str, metric: MeanWithError) -> None:
-        """Log a metric's mean and standard error over all processes, and reset it."""
-        mean, error = metric.compute()
-        # Every process has the same number here; sync_dist only keeps Lightning from warning.
-        self.log(f"{stage}/{name}", mean, prog_bar=True, sync_dist=True)
-        self.log(f"{stage}/{name}_standard_error", error, sync_dist=True)
-        metric.reset()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients; a failed adjoint solve becomes a SolverError."""

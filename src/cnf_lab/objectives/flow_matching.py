@@ -64,10 +64,12 @@ class FlowMatching(Objective):
     def __call__(self, flow: Flow, x: Tensor, context: Tensor | None, generator: torch.Generator | None) -> LossTerms:
         """Return the loss with the term ``flow_matching``, a mean square per dimension."""
         blocks = BlockSequence(flow)
+        with torch.no_grad():  # a dequantiser's own objective is the likelihood
+            x = flow.dequantise(x, generator)[0]
         start, context = blocks.start(x, context)
         latent = flow.base.sample(len(start), generator).to(start)
         u = self.times.sample(len(start), generator, start)
-        state, velocity = self.path(start, self.coupling(start, latent), u)
+        state, velocity = blocks.along(self.path, start, self.coupling(start, latent), u)
         error = (blocks.velocity(u, state, context) - velocity).flatten(1).square().mean(dim=1)
         return LossTerms(error.mean(), {"flow_matching": error})
 

@@ -7,6 +7,7 @@ errors that name the option instead of a chain of exceptions.
 
 import difflib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import UnionType
@@ -19,10 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor
 from torch import Tensor
 
-from cnf_lab.data import FlowDataModule
+from cnf_lab.data import Batch, FlowDataModule
 from cnf_lab.errors import ConfigError, LabError
 from cnf_lab.flows import ContextScaler, Flow, Preprocess
 from cnf_lab.models import FlowModule
+
+_FITTED_NUMBERS = 2**23  # entries of a batch that fixed layers are fitted to
 
 
 def build(config: DictConfig | dict[str, Any], what: str, **values: Any) -> Any:
@@ -76,7 +79,7 @@ def build_flow(config: DictConfig, event_shape: Iterable[int], context_features:
         context_features: Number of conditioning columns; 0 for none.
     """
     solver, evaluation_solver = build_solvers(config.solver)
-    model = _without(config.model, "name", "module", "evaluation_trace")
+    model = _without(config.model, "name", "module", "monitor", "evaluation_trace")
     parts = {
         "event_shape": tuple(event_shape),
         "context_features": context_features,
@@ -107,10 +110,10 @@ def fit_preprocess(flow: Flow, data: FlowDataModule) -> None:
     fitted: list[Preprocess] = []
     for part in flow.modules():
         if isinstance(part, Preprocess):
-            part.fit(_mapped(batch, fitted) for batch, _ in _training_rows(data))
+            part.fit(_mapped(_dequantised(flow, batch, start), fitted) for start, (batch, _) in _training_rows(data))
             fitted.append(part)
         elif isinstance(part, ContextScaler):
-            part.fit(context for _, context in _training_rows(data) if context is not None)
+            part.fit(context for _, (_, context) in _training_rows(data) if context is not None)
 
 
 def build_module(config: DictConfig, flow: Flow, data: FlowDataModule) -> FlowModule:
@@ -228,13 +231,19 @@ def _mapped(x: Tensor, layers: Iterable[Preprocess]) -> Tensor:
     return x
 
 
-def _training_rows(data: FlowDataModule) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _dequantised(flow: Flow, x: Tensor, seed: int) -> Tensor:
+    # The same noise for every layer: each is fitted to what the ones before it made of the same rows.
+    with torch.no_grad():
+        return flow.dequantise(x, torch.Generator().manual_seed(seed))[0]
+
+
+def _training_rows(data: FlowDataModule) -> Iterator[tuple[int, Batch]]:
+    """Yield batches of the training split, each with the number of its first row."""
     # A fixed number of rows stands for generated data, which have no end.
     rows = data.splits.train
-    count, size = len(rows), 65536
+    count, size = len(rows), max(1, _FITTED_NUMBERS // math.prod(data.event_shape))
     for start in range(0, count, size):
-        batch = rows.__getitems__(range(start, min(start + size, count)))
-        yield batch.x, batch.context
+        yield start, rows.__getitems__(range(start, min(start + size, count)))
 
 
 def _without(config: DictConfig, *keys: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class LikelihoodGuard(Callback):
         every_n_steps: Optimiser steps between checks.
         rows: Rows of the training batch that are solved again.
         bound: Largest gap, in nats per row.
+        bound_per_dimension: The same in bits per dimension; the larger of the two holds.
         action: ``tighten``, ``stop`` or ``warn``.
         atol: Absolute local error bound of the tight solve.
         rtol: Relative local error bound of the tight solve.
@@ -55,23 +56,34 @@ class LikelihoodGuard(Callback):
         every_n_steps: int = 100,
         rows: int = 256,
         bound: float = 0.05,
+        bound_per_dimension: float = 0.0,
         action: str = "tighten",
         atol: float = 1e-6,
         rtol: float = 1e-6,
         seed: int = 0,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("rows", rows), ("bound", bound)):
+        for name, value in (
+            ("every_n_steps", every_n_steps),
+            ("rows", rows),
+            ("bound", bound),
+        ):
             if not value > 0:
                 raise ConfigError(
                     f"Expected callbacks.guard.{name} above 0, got {value}. "
                     "Type callbacks.guard=null to go without the guard."
                 )
+        if bound_per_dimension < 0:
+            raise ConfigError(
+                f"Expected callbacks.guard.bound_per_dimension of at least 0, got {bound_per_dimension}. "
+                "Type callbacks.guard.bound_per_dimension=0.001."
+            )
         if action not in ACTIONS:
             raise ConfigError(
                 f"Expected callbacks.guard.action to be one of {', '.join(ACTIONS)}, got {action}. "
                 "Type callbacks.guard.action=tighten."
             )
-        self.every_n_steps, self.rows, self.bound, self.action = every_n_steps, rows, bound, action
+        self.every_n_steps, self.rows, self.action = every_n_steps, rows, action
+        self.bound, self.bound_per_dimension = bound, bound_per_dimension
         self.tight = RungeKuttaSolver("dopri5", atol, rtol, error_norm="example", options={"max_num_steps": 5000})
         self.seed, self.tightened = seed, 0
         self._said = False
@@ -93,7 +105,7 @@ class LikelihoodGuard(Callback):
             return
         gap = self._measure(trainer, flow, batch)
         pl_module.log("solver/likelihood_gap", gap, on_step=False, on_epoch=True, batch_size=1)
-        if not abs(gap) <= self.bound:
+        if not abs(gap) <= self._bound(flow):
             self._act(trainer, flow, batch, gap)
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,6 +113,9 @@ class LikelihoodGuard(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tightened = state_dict["tightened"]
+
+    def _bound(self, flow: Flow) -> float:
+        return max(self.bound, self.bound_per_dimension * math.prod(flow.event_shape) * math.log(2))
 
     def _measure(self, trainer: pl.Trainer, flow: Flow, batch: Batch) -> float:
         x = batch.x[: self.rows]
@@ -119,7 +134,7 @@ class LikelihoodGuard(Callback):
         what = (
             f"At step {trainer.global_step} training by {_name(before[0])} "
             f"{'overstates' if gap > 0 else 'understates'} log p by {abs(gap):.3g} nats per row "
-            f"(bound {self.bound:g})"
+            f"(bound {self._bound(flow):.3g})"
         )
         if self.action == "tighten":
             for tries in range(1, TRIES + 1):
@@ -127,7 +142,7 @@ class LikelihoodGuard(Callback):
                 if any(solver is None for solver in tightened):
                     break
                 _replace_solvers(blocks, [solver for solver in tightened if solver is not None])
-                if abs(self._measure(trainer, flow, batch)) <= self.bound:
+                if abs(self._measure(trainer, flow, batch)) <= self._bound(flow):
                     self.tightened += tries
                     log.warning("%s: it goes on with %s.", what, _name(blocks[0].solver))
                     return
@@ -166,7 +181,8 @@ def likelihood_gap(flow: Flow, x: Tensor, context: Tensor | None, tight: OdeSolv
                 solver = block.solver.eager() if training else tight
                 block.set_evaluation(solver, block.divergence, autocast=training)
             generator = torch.Generator(x.device).manual_seed(seed)
-            values.append(flow.log_prob(x, context, generator).double())
+            y = flow.dequantise(x, generator)[0]
+            values.append(flow.log_prob(y, context, generator).double())
     return float((values[0] - values[1]).mean())
 
 

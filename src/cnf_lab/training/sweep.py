@@ -9,6 +9,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 COLUMNS = (
+    "val/bits_per_dim",
+    "test/bits_per_dim",
+    "test/bits_per_dim_standard_error",
     "val/nll",
     "test/nll",
     "test/nll_standard_error",
@@ -28,10 +31,12 @@ class SweepSummary(Callback):
         if jobs:
             overrides = [list(map(str, OmegaConf.load(job / ".hydra" / "overrides.yaml"))) for job in jobs]
             common = [item for item in overrides[0] if all(item in others for others in overrides)]
-            rows = [
-                _row(job, " ".join(item for item in own if item not in common))
-                for job, own in zip(jobs, overrides, strict=True)
-            ]
+            rows = _filled(
+                [
+                    _row(job, " ".join(item for item in own if item not in common))
+                    for job, own in zip(jobs, overrides, strict=True)
+                ]
+            )
             with (folder / "summary.csv").open("w", newline="") as file:
                 writer = csv.DictWriter(file, fieldnames=list(rows[0]))
                 writer.writeheader()
@@ -51,6 +56,12 @@ def _row(job: Path, overrides: str) -> dict[str, str]:
     row |= {column: _number(metrics.get(column)) for column in COLUMNS}
     row["status"] = " ".join(failure.read_text().split()) if failure.is_file() else "done" if metrics else "unfinished"
     return row
+
+
+def _filled(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Leave out the metrics that no job has: nothing but images has bits/dim, say."""
+    empty = {column for column in COLUMNS if not any(row[column] for row in rows)}
+    return [{name: text for name, text in row.items() if name not in empty} for row in rows]
 
 
 def _number(value: float | None) -> str:
