@@ -1,4 +1,7 @@
-"""Sample from a run: ``python -m cnf_lab.sample run=outputs/density/8gaussians/... n=10000``."""
+"""Sample from a run: ``python -m cnf_lab.sample run=outputs/density/8gaussians/... n=10000``.
+
+Of an image flow the file holds pixels, whole numbers (n, channels, height, width).
+"""
 
 import logging
 from pathlib import Path
@@ -14,17 +17,20 @@ from cnf_lab.errors import ConfigError
 from cnf_lab.flows import Flow
 from cnf_lab.trace import Exact
 from cnf_lab.training.command import check_number, run_command
+from cnf_lab.training.pictures import save_grid, to_pixels
 from cnf_lab.training.plots import sample_plot
 from cnf_lab.training.run import choose_device, converged_solver, require_run, restore_flow, run_folder
 
 log = logging.getLogger("cnf_lab")
 NUMBERS = (
-    ("n", int, 1, "1000"),
-    ("batch_size", int, 1, "10000"),
-    ("seed", int, 0, "0"),
-    ("atol", float, 0, "1e-6"),
-    ("rtol", float, 0, "1e-6"),
+    ("n", int, 1, "1000", False),
+    ("batch_size", int, 1, "10000", True),
+    ("seed", int, 0, "0", False),
+    ("temperature", float, 0, "0.7", False),
+    ("atol", float, 0, "1e-6", True),
+    ("rtol", float, 0, "1e-6", True),
 )
+GRID = 100  # images in the picture
 
 
 def sample(config: DictConfig) -> None:
@@ -33,34 +39,43 @@ def sample(config: DictConfig) -> None:
     Args:
         config: The composed configuration of ``sample.yaml``.
     """
-    for name, kind, least, typed in NUMBERS:
-        check_number(config, name, kind, least, typed)
+    for name, kind, least, typed, optional in NUMBERS:
+        check_number(config, name, kind, least, typed, optional)
     run = require_run(config.run)
     flow, rebuild = restore_flow(run)
+    levels = None if flow.dequantiser is None else flow.dequantiser.levels
+    usual = (1e-6, 10000, torch.float64) if levels is None else (1e-5, 500, torch.float32)
+    tolerance, batch_size, precision = usual
     path = Path(config.output) if config.output else run_folder(run) / "samples" / f"samples_seed_{config.seed}.npy"
-    if path.suffix not in (".npy", ".csv"):
+    suffixes = (".npy", ".csv") if levels is None else (".npy",)
+    if path.suffix not in suffixes:
         raise ConfigError(
-            f"Expected output to end in .npy or .csv, got {path}. Type output={path.with_suffix('.npy')}."
+            f"Expected output to end in {' or '.join(suffixes)}, got {path}. Type output={path.with_suffix('.npy')}."
         )
     device = choose_device(config.device)
-    flow.set_evaluation(converged_solver(config.method, config.atol, config.rtol), Exact())
-    flow.to(device, torch.float64)
+    flow.set_evaluation(converged_solver(config.method, config.atol or tolerance, config.rtol or tolerance), Exact())
+    flow.to(device, precision)
 
     context = open_context(config, flow, rebuild["data"]["context_names"])
     generator = torch.Generator(device).manual_seed(config.seed)
-    samples = draw(flow, config.n, context, config.batch_size, generator)
+    samples = draw(flow, config.n, context, config.batch_size or batch_size, config.temperature, generator)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     names = rebuild["data"]["column_names"]
+    if levels is not None:
+        samples = to_pixels(samples, levels)
     if path.suffix == ".npy":
         np.save(path, samples)
     else:
         header = ",".join(names or (f"x{number}" for number in range(samples.shape[1])))
         np.savetxt(path, samples, delimiter=",", header=header, comments="", fmt="%.9g")
-    log.info("%s rows: %s", f"{len(samples):,}", path)
-    if config.plot and samples.ndim == 2:
+    log.info("%s %s: %s", f"{len(samples):,}", "rows" if levels is None else "images", path)
+    if config.plot:
         picture = path.with_suffix(".png")
-        sample_plot(samples, names=names).savefig(picture)
+        if levels is None:
+            sample_plot(samples, names=names).savefig(picture)
+        else:
+            save_grid(picture, samples[:GRID], levels)
         log.info("picture: %s", picture)
 
 
@@ -90,13 +105,16 @@ def open_context(config: DictConfig, flow: Flow, names: list[str] | None) -> Ten
     return context
 
 
-def draw(flow: Flow, n: int, context: Tensor | None, batch_size: int, generator: torch.Generator) -> np.ndarray:
+def draw(
+    flow: Flow, n: int, context: Tensor | None, batch_size: int, temperature: float, generator: torch.Generator
+) -> np.ndarray:
     """Draw n rows in batches."""
     parts = []
     for start in tqdm(range(0, n, batch_size), unit="batch", disable=None):
         count = min(batch_size, n - start)
         shared = context if context is None or len(context) == 1 else context[start : start + count]
-        parts.append(flow.sample(count, None if shared is None else shared.to(generator.device), generator).cpu())
+        given = None if shared is None else shared.to(generator.device)
+        parts.append(flow.sample(count, given, generator, temperature).cpu())
     return torch.cat(parts).numpy()
 
 

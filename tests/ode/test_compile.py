@@ -12,7 +12,7 @@ SCRIPT = textwrap.dedent(
     import torch
     from torch._dynamo.utils import counters
     from cnf_lab.fields import Concat, ConcatConv, ConcatSquash, Softplus, Tanh
-    from cnf_lab.fields import ConvField, EncoderDecoder, Mlp, Residual
+    from cnf_lab.fields import ConvField, EncoderDecoder, Mlp, Residual, UNet
     from cnf_lab.flows import Chain, ContinuousFlow, Flow, StandardNormal
     from cnf_lab.objectives import JacobianNorm, KineticEnergy, Likelihood
     from cnf_lab.ode import RungeKuttaSolver
@@ -26,6 +26,7 @@ SCRIPT = textwrap.dedent(
         "residual": lambda: Residual((5,), 7, 1, Tanh),
         "bottleneck": lambda: EncoderDecoder((5,), [7, 3, 7], Concat, Tanh),
         "images": lambda: ConvField((1, 4, 5), [3], ConcatConv, Softplus),
+        "unet": lambda: UNet((1, 4, 5), 4, [1, 2], 1, 8),
     }
     TRACES = {
         "exact": Exact(),
@@ -77,6 +78,7 @@ SCRIPT = textwrap.dedent(
         "bottleneck bottleneck rk4 direct 1",
         "images exact rk4 direct 1",
         "images hutchinson dopri5 direct 1",
+        "unet hutchinson rk4 checkpoint 1",
     ],
 )
 def test_compiled_equals_eager(case):

@@ -33,3 +33,4 @@ from cnf_lab.flows.preprocess import Preprocess as Preprocess
 from cnf_lab.flows.preprocess import Standardise as Standardise
 from cnf_lab.flows.preprocess import Whiten as Whiten
 from cnf_lab.flows.sequence import BlockSequence as BlockSequence
+from cnf_lab.flows.sequence import fixed_layers as fixed_layers

@@ -55,7 +55,8 @@ class Dequantiser(nn.Module, ABC):
         """
 
     def _uniform(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        return torch.rand(x.shape, generator=generator, dtype=self._anchor.dtype, device=self._anchor.device)
+        # Drawn in float32 whatever the flow's dtype, so that a check in float64 meets the same noise.
+        return torch.rand(x.shape, generator=generator, device=self._anchor.device).to(self._anchor)
 
 
 class UniformDequantiser(Dequantiser):

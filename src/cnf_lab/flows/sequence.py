@@ -36,8 +36,7 @@ class BlockSequence:
 
     def __init__(self, flow: Flow) -> None:
         parts = _parts(flow.transform)
-        self.flow = flow
-        self.leading = list(takewhile(lambda part: not isinstance(_inner(part), ContinuousFlow), parts))
+        self.flow, self.leading = flow, fixed_layers(flow)
         rest = parts[len(self.leading) :]
         self.blocks = [block for block in map(_inner, rest) if isinstance(block, ContinuousFlow)]
         self.views = [part.view if isinstance(part, Viewed) else View() for part in rest]
@@ -121,6 +120,11 @@ class BlockSequence:
     def _number(self, u: Tensor) -> Tensor:
         count = len(self.blocks)
         return (u * count).long().clamp(max=count - 1)
+
+
+def fixed_layers(flow: Flow) -> list[Transform]:
+    """Return the layers between the data and the first continuous block."""
+    return list(takewhile(lambda part: not isinstance(_inner(part), ContinuousFlow), _parts(flow.transform)))
 
 
 def _inner(part: Transform) -> Transform:

@@ -118,6 +118,7 @@ def fit_preprocess(flow: Flow, data: FlowDataModule) -> None:
 
 def build_module(config: DictConfig, flow: Flow, data: FlowDataModule) -> FlowModule:
     """Build the LightningModule around a flow; its checkpoints can rebuild the flow alone."""
+    _check_levels(flow, data)
     regularisers = {name: build(node, f"regulariser.{name}") for name, node in _several(config, "regulariser")}
     rebuild = {
         "config": plain(config),
@@ -135,6 +136,22 @@ def build_module(config: DictConfig, flow: Flow, data: FlowDataModule) -> FlowMo
         seed=config.seed,
         rebuild=rebuild,
     )
+
+
+def _check_levels(flow: Flow, data: FlowDataModule) -> None:
+    """Refuse continuous data for a flow of pixels, and pixels of other levels."""
+    if flow.dequantiser is None:
+        return
+    levels = getattr(data, "levels", None)
+    if levels is None:
+        raise ConfigError(
+            f"Expected pixels for model=image, got {data.name}, whose values are continuous. Type model=density."
+        )
+    if levels != flow.dequantiser.levels:
+        raise ConfigError(
+            f"Expected recipe.levels={levels}, the values of a pixel of {data.name}, got {flow.dequantiser.levels}. "
+            f"Type recipe.levels={levels}."
+        )
 
 
 def _schedule_factory(config: DictConfig) -> Callable[..., Any]:

@@ -5,24 +5,25 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
-from cnf_lab.data import FlowDataModule
+from cnf_lab.data import Batch, FlowDataModule
 from cnf_lab.errors import ConfigError, SolverError
 from cnf_lab.flows import Flow
 from cnf_lab.models import FlowModule
 from cnf_lab.ode import SolveStats
-from cnf_lab.training import plots
+from cnf_lab.training import pictures, plots
 from cnf_lab.training.curves import curves
-from cnf_lab.training.tracking import log_figure
+from cnf_lab.training.tracking import log_figure, log_film
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -224,7 +225,8 @@ class Plots(Callback):
     the newest again as ``density_last.png``. The end of training brings the last ones and the
     learning curves, a test ``density_test.png`` with rows of its split. Random numbers come from
     a generator of their own that starts the same each time: training does not notice, and the
-    epochs make a film of the same latent rows. A solve that fails costs a figure, never the run.
+    epochs make a film of the same latent rows. Flows of images get grids, and at the end of
+    training and with a test a GIF from noise to picture. A solve that fails costs a figure, never the run.
 
     Args:
         run_folder: The run folder.
@@ -298,21 +300,27 @@ class Plots(Callback):
             return
         self._drawn_at = trainer.global_step
         rows = data.head(split, self.samples)
+        generator = torch.Generator(pl_module.device).manual_seed(self.seed)
         try:
-            for name, figure in plots.figures(
-                flow,
-                rows.x.numpy(),
-                rows.context,
-                data.plot_window,
-                data.truth,
-                data.column_names,
-                self.resolution,
-                self.samples,
-                torch.Generator(pl_module.device).manual_seed(self.seed),
-            ):
+            for name, figure in self._figures(flow, data, rows, generator):
                 self._save(trainer, name, tag, figure)
+            if flow.dequantiser is not None and not tag.startswith("epoch"):
+                self._save_film(trainer, tag, pictures.film(flow, flow.dequantiser.levels, generator))
         except SolverError as failure:
             log.warning("Figures of epoch %d left out: %s", trainer.current_epoch, failure)
+
+    def _figures(
+        self, flow: Flow, data: FlowDataModule, rows: Batch, generator: torch.Generator
+    ) -> "Iterator[tuple[str, matplotlib.figure.Figure]]":
+        if flow.dequantiser is not None:
+            return pictures.figures(flow, rows.x, flow.dequantiser.levels, self.samples, generator)
+        given = (data.plot_window, data.truth, data.column_names, self.resolution, self.samples, generator)
+        return plots.figures(flow, rows.x.numpy(), rows.context, *given)
+
+    def _save_film(self, trainer: pl.Trainer, tag: str, frames: Sequence[np.ndarray]) -> None:
+        path = self.run_folder / "plots" / f"film_{tag}.gif"
+        pictures.write_gif(path, frames)
+        log_film(trainer.loggers, "plots/film_test" if tag == "test" else "plots/film", path, trainer.global_step)
 
     def _save(self, trainer: pl.Trainer, name: str, tag: str, figure: "matplotlib.figure.Figure") -> None:
         path = self.run_folder / "plots" / f"{name}_{tag}.png"

@@ -120,6 +120,15 @@ def log_figure(loggers: Sequence[Logger], name: str, figure: "Figure", step: int
             logger.log_image(key=name, images=[wandb.Image(figure)], step=step)
 
 
+def log_film(loggers: Sequence[Logger], name: str, path: Path, step: int) -> None:
+    """Send a GIF to the loggers that show films."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            logger.experiment.log({name: wandb.Video(str(path), format="gif"), "trainer/global_step": step})
+
+
 def finish(failed: bool) -> None:
     """End the wandb run of a job, if there is one: a live run would swallow the next job of a multirun."""
     wandb = sys.modules.get("wandb")

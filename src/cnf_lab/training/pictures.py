@@ -1,0 +1,232 @@
+"""Pictures of a flow of images: samples, reconstructions, the way from noise to picture, interpolations.
+
+Flows and pixels in, matplotlib figures and GIF frames out. Solves run in evaluation mode without
+gradients, and random numbers come from the generator that is handed in: training does not notice.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnf_lab.flows import Flow, continuous_blocks, fixed_layers
+from cnf_lab.training import panels
+from cnf_lab.training.plots import evaluating
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+CHUNK = 100  # images per solve
+WIDTH = 600  # pixels of a saved grid, at least
+TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0)
+
+
+# -- images of a flow -----------------------------------------------------------------------------
+
+
+def draw(flow: Flow, n: int, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+    """Draw n images, float and not yet whole (n, channels, height, width)."""
+    return decode(flow, temperature * flow.base.sample(n, generator))
+
+
+def decode(flow: Flow, z: Tensor) -> Tensor:
+    """Return the images of latents."""
+    with evaluating(flow):
+        parts = [flow.push_forward(part, with_log_det=False).value.double().cpu() for part in z.split(CHUNK)]
+    return torch.cat(parts)
+
+
+def encode(flow: Flow, rows: Tensor) -> Tensor:
+    """Return the latents of images, each pixel taken at the middle of its cell."""
+    with evaluating(flow):
+        anchor = flow.base.sample(0)
+        return torch.cat([flow.pull_back(part.to(anchor) + 0.5).value for part in rows.split(CHUNK)])
+
+
+def way(flow: Flow, z: Tensor, points: int) -> list[Tensor]:
+    """Return the images on the way from latents to samples, at some times of it with both ends.
+
+    States between the blocks are shown as pixels too, by the inverse of the fixed layers before them.
+    """
+    layers = fixed_layers(flow)
+    blocks = max(1, len(continuous_blocks(flow)))
+    with evaluating(flow):
+        states = list(flow.trajectory(z, points=math.ceil(points / blocks)))
+        inner = states[: len(states) - len(layers)] or states
+        chosen = [inner[round(share * (len(inner) - 1))] for share in np.linspace(0, 1, points)]
+        for layer in reversed(layers):
+            chosen = [layer.push_forward(state, with_log_det=False).value for state in chosen]
+    return [state.double().cpu() for state in chosen]
+
+
+def to_pixels(images: Tensor | np.ndarray, levels: int) -> np.ndarray:
+    """Return whole pixels, uint8 or uint16, of images in [0, L): a cell's value, and the ends beyond them."""
+    values = np.floor(np.nan_to_num(np.asarray(images, dtype=np.float64))).clip(0, levels - 1)
+    return values.astype(np.uint8 if levels <= 256 else np.uint16)
+
+
+# -- grids ----------------------------------------------------------------------------------------
+
+
+def shown(images: Tensor | np.ndarray, levels: int) -> np.ndarray:
+    """Return images as bytes to look at, uint8 (n, height, width, 3)."""
+    bright = np.round(to_pixels(images, levels) * (255 / (levels - 1))).astype(np.uint8)
+    return np.broadcast_to(bright, (len(bright), 3, *bright.shape[2:])).transpose(0, 2, 3, 1)
+
+
+def tile(images: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
+    """Return a grid of images, row after row on white.
+
+    Args:
+        images: Bytes (n, height, width, 3).
+        columns: Images in a row.
+        gap: Pixels between two images.
+    """
+    count, height, width, _ = images.shape
+    rows = math.ceil(count / columns)
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for number, image in enumerate(images):
+        top, left = number // columns * (height + gap), number % columns * (width + gap)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def enlarged(grid: np.ndarray, width: int = WIDTH) -> np.ndarray:
+    """Return a grid with every pixel repeated until it is wide enough to look at."""
+    factor = math.ceil(width / grid.shape[1])
+    return grid.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def save_grid(path: Path, images: Tensor | np.ndarray, levels: int) -> None:
+    """Write a square grid of images as a PNG."""
+    from PIL import Image
+
+    columns = math.ceil(math.sqrt(len(images)))
+    Image.fromarray(enlarged(tile(shown(images, levels), columns))).save(path)
+
+
+# -- figures --------------------------------------------------------------------------------------
+
+
+def sample_grid(
+    flow: Flow, rows: Tensor, levels: int, generator: torch.Generator, n: int = 64
+) -> "matplotlib.figure.Figure":
+    """Draw data and samples side by side, n of each.
+
+    Args:
+        flow: The density.
+        rows: Images of the data (rows, channels, height, width).
+        levels: Number of values of a pixel.
+        generator: Source of the samples.
+        n: Number of images in each grid.
+    """
+    columns = math.ceil(math.sqrt(n))
+    panes = {"data": rows[:n], "samples": draw(flow, n, generator)}
+    return _figure({title: tile(shown(images, levels), columns) for title, images in panes.items()})
+
+
+def reconstructions(flow: Flow, rows: Tensor, levels: int, n: int = 8) -> "matplotlib.figure.Figure":
+    """Draw images above what comes back from their latents, with the largest error in the title."""
+    images = rows[:n].double().cpu()
+    back = decode(flow, encode(flow, rows[:n]))
+    error = float((back - images - 0.5).abs().max())
+    grid = tile(shown(torch.cat([images, back]), levels), len(images))
+    return _figure({f"data, and back from latent; largest error {error:.1e} of a level": grid})
+
+
+def strip(
+    flow: Flow, levels: int, generator: torch.Generator, n: int = 6, points: int = 9
+) -> "matplotlib.figure.Figure":
+    """Draw samples on their way from noise, at the left, to picture."""
+    states = torch.stack(way(flow, flow.base.sample(n, generator), points), dim=1)  # (n, points, *event)
+    return _figure({"from noise to picture": tile(shown(states.flatten(0, 1), levels), points)})
+
+
+def interpolations(flow: Flow, rows: Tensor, levels: int, n: int = 5, steps: int = 9) -> "matplotlib.figure.Figure":
+    """Draw what lies between pairs of images, on great circles in latent space."""
+    pairs = min(n, len(rows) // 2)
+    first, second = encode(flow, rows[: 2 * pairs]).unflatten(0, (pairs, 2)).unbind(1)
+    between = torch.stack([spherical(first, second, share) for share in np.linspace(0, 1, steps)], dim=1)
+    images = decode(flow, between.flatten(0, 1))
+    return _figure({"between two images, in latent space": tile(shown(images, levels), steps)})
+
+
+def spherical(first: Tensor, second: Tensor, share: float) -> Tensor:
+    r"""Return the point at a share of the great circle between latents, their norms interpolated too.
+
+    .. math:: \frac{\sin((1 - s)\omega)\, a + \sin(s\,\omega)\, b}{\sin\omega}, \qquad
+              \cos\omega = \frac{a \cdot b}{\lVert a \rVert \lVert b \rVert}
+
+    References:
+        Shoemake, Animating rotation with quaternion curves (1985).
+    """
+    cosine = torch.cosine_similarity(first.flatten(1), second.flatten(1)).clamp(-1 + 1e-6, 1 - 1e-6)
+    angle = cosine.acos().reshape(-1, *[1] * (first.dim() - 1))
+    return (((1 - share) * angle).sin() * first + (share * angle).sin() * second) / angle.sin()
+
+
+def temperatures(
+    flow: Flow, levels: int, generator: torch.Generator, n: int = 10, values: Sequence[float] = TEMPERATURES
+) -> "matplotlib.figure.Figure":
+    """Draw the same latents at several temperatures, a row for each."""
+    z = flow.base.sample(n, generator)
+    images = decode(flow, torch.cat([value * z for value in values]))
+    title = f"the same latents at temperatures {', '.join(f'{value:g}' for value in values)}, from above"
+    return _figure({title: tile(shown(images, levels), n)})
+
+
+def figures(
+    flow: Flow, rows: Tensor, levels: int, samples: int, generator: torch.Generator
+) -> Iterator[tuple[str, "matplotlib.figure.Figure"]]:
+    """Yield the figures of a flow of images, each with its name, drawn when it is asked for.
+
+    Args:
+        flow: The density.
+        rows: Images of the data (rows, channels, height, width), whole numbers.
+        levels: Number of values of a pixel.
+        samples: Number of samples in the grid, at most.
+        generator: Source of all samples.
+    """
+    yield "samples", sample_grid(flow, rows, levels, generator, min(samples, 64))
+    yield "reconstructions", reconstructions(flow, rows, levels)
+    yield "strip", strip(flow, levels, generator)
+    yield "interpolations", interpolations(flow, rows, levels)
+    yield "temperatures", temperatures(flow, levels, generator)
+
+
+def film(flow: Flow, levels: int, generator: torch.Generator, n: int = 16, points: int = 24) -> list[np.ndarray]:
+    """Return frames of samples on their way from noise to picture, bytes (height, width, 3)."""
+    columns = math.ceil(math.sqrt(n))
+    states = way(flow, flow.base.sample(n, generator), points)
+    return [enlarged(tile(shown(state, levels), columns), WIDTH // 2) for state in states]
+
+
+def write_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.1, hold: float = 1.5) -> None:
+    """Write frames as a GIF that repeats.
+
+    Args:
+        path: The file.
+        frames: Bytes (height, width, 3) each.
+        seconds: Duration of a frame.
+        hold: Duration of the last one.
+    """
+    from PIL import Image
+
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    durations = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * hold)]
+    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def _figure(grids: dict[str, np.ndarray]) -> "matplotlib.figure.Figure":
+    """Make a figure of grids side by side, each under its title."""
+    height = 3.4 if len(grids) > 1 else 0.6 + 7.0 * max(grid.shape[0] / grid.shape[1] for grid in grids.values())
+    figure = panels.new_figure(7.0, height)
+    for axes, (title, grid) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
+        axes.imshow(enlarged(grid), interpolation="nearest")
+        axes.set_axis_off()
+        axes.set_title(title, fontsize=9, color=panels.INK)
+    return figure
