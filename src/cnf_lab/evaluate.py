@@ -51,7 +51,7 @@ NUMBERS = (
     ("seed", int, 0, "0", False),
 )
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
-MANY = 256  # entries of an image above which trace=auto goes by probes
+MANY = 256  # entries of an image above which divergence=auto goes by probes
 BOUNDS = {
     "uniform_1": "one draw of uniform noise, as published numbers have it",
     "importance_weighted": "importance-weighted with {draws} draws",
@@ -120,15 +120,15 @@ def chosen(config: DictConfig, flow: Flow) -> dict[str, Any]:
     if precision not in PRECISIONS:
         raise ConfigError(f"Expected precision float64 or float32, got {precision}. Type precision=float64.")
     traces = {"exact": Exact(config.memory, config.chunk), "hutchinson": Hutchinson(Rademacher(), config.probes)}
-    if config.trace not in (*traces, "auto"):
-        raise ConfigError(f"Expected trace to be auto, exact or hutchinson, got {config.trace}. Type trace=auto.")
+    if config.divergence not in (*traces, "auto"):
+        raise ConfigError(f"Expected divergence to be auto, exact or hutchinson, got {config.divergence}. Type divergence=auto.")
     large = images and math.prod(flow.event_shape) > MANY
     usual = 1e-5 if images else 1e-7
     return {
         "precision": precision,
         "atol": config.atol or usual,
         "rtol": config.rtol or usual,
-        "divergence": traces[config.trace if config.trace != "auto" else "hutchinson" if large else "exact"],
+        "divergence": traces[config.divergence if config.divergence != "auto" else "hutchinson" if large else "exact"],
     }
 
 

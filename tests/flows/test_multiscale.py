@@ -1,4 +1,4 @@
-"""The multiscale flow: views, the original's numbers, log-dets against the autograd Jacobian, flow matching through it."""
+"""The multiscale flow: views, the original's numbers, the autograd Jacobian, flow matching through it."""
 
 import math
 import re

@@ -414,11 +414,13 @@ def check_pixels(images: np.ndarray, event_shape: Sequence[int], levels: int, pa
     if images.shape[1:] != tuple(event_shape):
         wanted = ", ".join(("images", *map(str, event_shape)))
         raise DataError(f"Expected images of shape ({wanted}) in {path}, got {images.shape}. Choose another file.")
-    whole = np.issubdtype(images.dtype, np.number) and np.array_equal(images, np.round(images))
-    if not whole or len(images) == 0 or images.min() < 0 or images.max() >= levels:
-        found = f"{images.min():g} to {images.max():g}, {images.dtype}" if images.size else "none"
+    number = np.issubdtype(images.dtype, np.number)
+    whole = number and len(images) > 0 and np.array_equal(images, np.round(images))
+    if not whole or images.min() < 0 or images.max() >= levels:
+        found = f"{images.min():g} to {images.max():g}, " if number and len(images) else f"{len(images)} images, "
         raise DataError(
-            f"Expected pixels with whole numbers from 0 to {levels - 1} in {path}, got {found}. Scale and round them."
+            f"Expected pixels with whole numbers from 0 to {levels - 1} in {path}, got {found}{images.dtype}. "
+            "Scale and round them."
         )
 
 

@@ -5,11 +5,10 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
@@ -226,7 +225,7 @@ class Plots(Callback):
     learning curves, a test ``density_test.png`` with rows of its split. Random numbers come from
     a generator of their own that starts the same each time: training does not notice, and the
     epochs make a film of the same latent rows. Flows of images get grids, and at the end of
-    training and with a test a GIF from noise to picture. A solve that fails costs a figure, never the run.
+    training a GIF from noise to picture. A solve that fails costs a figure, never the run.
 
     Args:
         run_folder: The run folder.
@@ -284,6 +283,7 @@ class Plots(Callback):
         """Draw the final weights, unless they have been drawn, and the learning curves."""
         if trainer.global_step != self._drawn_at:
             self._draw(trainer, pl_module, "val", "last")
+        self._film(trainer, pl_module)
         table = self.run_folder / "metrics.csv"
         if trainer.is_global_zero and table.is_file():
             metric = _monitor(pl_module).rpartition("/")[2]
@@ -304,8 +304,6 @@ class Plots(Callback):
         try:
             for name, figure in self._figures(flow, data, rows, generator):
                 self._save(trainer, name, tag, figure)
-            if flow.dequantiser is not None and not tag.startswith("epoch"):
-                self._save_film(trainer, tag, pictures.film(flow, flow.dequantiser.levels, generator))
         except SolverError as failure:
             log.warning("Figures of epoch %d left out: %s", trainer.current_epoch, failure)
 
@@ -317,10 +315,20 @@ class Plots(Callback):
         given = (data.plot_window, data.truth, data.column_names, self.resolution, self.samples, generator)
         return plots.figures(flow, rows.x.numpy(), rows.context, *given)
 
-    def _save_film(self, trainer: pl.Trainer, tag: str, frames: Sequence[np.ndarray]) -> None:
-        path = self.run_folder / "plots" / f"film_{tag}.gif"
+    def _film(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        flow = getattr(pl_module, "flow", None)
+        if not trainer.is_global_zero or not isinstance(flow, Flow) or flow.dequantiser is None:
+            return
+        generator = torch.Generator(pl_module.device).manual_seed(self.seed)
+        path = self.run_folder / "plots" / "film_last.gif"
+        try:
+            frames = pictures.film(flow, flow.dequantiser.levels, generator)
+        except SolverError as failure:
+            log.warning("The film is left out: %s", failure)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
         pictures.write_gif(path, frames)
-        log_film(trainer.loggers, "plots/film_test" if tag == "test" else "plots/film", path, trainer.global_step)
+        log_film(trainer.loggers, "plots/film", path, trainer.global_step)
 
     def _save(self, trainer: pl.Trainer, name: str, tag: str, figure: "matplotlib.figure.Figure") -> None:
         path = self.run_folder / "plots" / f"{name}_{tag}.png"
