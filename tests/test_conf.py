@@ -1,7 +1,10 @@
 """Every yaml of every group composes, fits the signature of its target, and survives a short run."""
 
+import gzip
 import inspect
+import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,17 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from scipy.io import savemat
 
+from cnf_lab.data.images import FashionMnist, Mnist, Svhn
 from cnf_lab.train import train
 from cnf_lab.training.command import config_folder
 
 ComposeConfig = Callable[..., DictConfig]
 CONF = config_folder()
 TABULAR = ("power", "gas", "hepmass", "miniboone", "bsds300")
+IMAGES = ("mnist", "fashion_mnist", "cifar10", "svhn", "digits", "image_folder", "images")
+IMAGE_FIELDS = ("conv", "conv_encoder_decoder", "parallel_multiscale", "unet", "flattened")
 #: Arguments that the lab gives besides those of the yaml.
 GIVEN = {
     "architecture": {"event_shape", "context_features"},
@@ -39,11 +46,12 @@ GIVEN = {
         "evaluation_divergence",
         "preprocess",
         "normalisation",
+        "dequantisation",
     },
     "trainer": {"callbacks", "logger", "default_root_dir", "enable_progress_bar"},
 }
 #: Keys of a yaml that the lab takes out before it makes the target.
-TAKEN = {"model": {"name", "module", "evaluation_trace"}, "solver": {"evaluation"}}
+TAKEN = {"model": {"name", "module", "monitor", "evaluation_trace", "dequantisation"}, "solver": {"evaluation"}}
 #: Targets of other libraries need not list all of their options.
 PARTLY = (
     "torch.",
@@ -86,8 +94,43 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = rng.integers(0, 255, (321, 481), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "bsds300" / "images" / "train" / f"{number}.jpg")
     Image.fromarray(rng.integers(0, 255, (20, 30), dtype=np.uint8)).save(root / "picture.png")
+    for number in range(30):
+        Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(root / "bsds300" / f"{number}.png")
+    (root / "cifar10").mkdir()
+    np.savez(root / "cifar10" / "part.npz", x=rng.integers(0, 256, (30, 3, 32, 32), dtype=np.uint8))
+    for kind in (Mnist, FashionMnist):
+        for file, shape in zip(kind.files, ((30, 28, 28), (30,), (10, 28, 28), (10,)), strict=True):
+            (root / file.path).parent.mkdir(parents=True, exist_ok=True)
+            header = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)
+            pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+            (root / file.path).write_bytes(gzip.compress(header + pixels.tobytes()))
+    for file in Svhn.files:
+        table = {"X": rng.integers(0, 256, (32, 32, 3, 20), dtype=np.uint8), "y": np.ones((20, 1), dtype=np.uint8)}
+        savemat(root / file.path, table)
     np.save(root / "rows.npy", rng.normal(size=(80, 3)))
     return root
+
+
+@pytest.fixture(autouse=True)
+def small_files_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let go of the published checksums of images, which small files have not."""
+    from torchvision.datasets import SVHN
+
+    for kind in (Mnist, FashionMnist, Svhn):
+        monkeypatch.setattr(kind, "files", tuple(replace(file, checksum=None) for file in kind.files))
+    monkeypatch.setattr(SVHN, "split_list", {split: ["", f"{split}_32x32.mat", None] for split in ("train", "test")})
+
+
+def image_needs(name: str, root: Path) -> list[str]:
+    """What a set of images needs, and what keeps its run short."""
+    given = {
+        "digits": ["dataset.limit=20", "dataset.test_images=10"],
+        "image_folder": [f"dataset.path={root / 'bsds300'}", "dataset.size=[8,8]", "dataset.test_images=8"],
+        "cifar10": [f"dataset.root={root}", "dataset.allow_partial=true"],
+    }
+    coarse = ["solver.atol=1e-2", "solver.rtol=1e-2", "solver.evaluation.atol=1e-2", "solver.evaluation.rtol=1e-2"]
+    small = ["dataset.val_images=8", "recipe.hidden=[4,4]", "recipe.blocks=1", "dataset.val_limit=4", *coarse]
+    return [*given.get(name, [f"dataset.root={root}"]), *small]
 
 
 def needs(option: str, root: Path) -> list[str]:
@@ -99,6 +142,9 @@ def needs(option: str, root: Path) -> list[str]:
         "recipe.flow_matching_steps=3",
         "recipe.likelihood_steps=3",
     ]  # an epoch of each
+    if name in IMAGES:
+        chosen = ["dataset=digits"] if name == "images" else []
+        return [*chosen, *image_needs("digits" if name == "images" else name, root), *short]
     if name in TABULAR:
         return [f"dataset.root={root}", "dataset.allow_partial=true", "architecture.hidden=[8]", *short]
     if name == "bsds300_patches":
@@ -132,9 +178,28 @@ def test_experiments(name: str, data_root: Path, lab_config: ComposeConfig) -> N
 
 @pytest.mark.parametrize(
     "option",
-    cases("solver", "trace", "architecture", "objective", "regulariser", "preprocess", "normalisation")
-    + cases("architecture/layer", "architecture/activation", "optimiser", "schedule", "model", "paths")
-    + cases("objective/path", "objective/times", "objective/coupling"),
+    cases("architecture/convolution", "model/dequantisation")
+    + [f"architecture={name}" for name in IMAGE_FIELDS]
+    + ["model=image", "preprocess=logit", "preprocess=centre", "trace=bottleneck", "normalisation=actnorm"],
+)
+def test_parts_of_images(option: str, data_root: Path, lab_config: ComposeConfig) -> None:
+    field = {"trace=bottleneck": "conv_encoder_decoder"}.get(option, "conv")
+    chosen = [option] if option.startswith("architecture=") else [f"architecture={field}", option]
+    if "encoder_decoder" in "".join(chosen):
+        chosen.append("architecture.hidden=[4,4,4,2,4,4,4]")
+    objective = ["objective=likelihood", "schedule=constant"]
+    survive(lab_config("dataset=digits", *chosen, *objective, "callbacks=[default]", *needs("digits", data_root)))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        option
+        for option in cases("solver", "trace", "architecture", "objective", "regulariser", "preprocess")
+        + cases("architecture/layer", "architecture/activation", "optimiser", "schedule", "model", "paths")
+        + cases("objective/path", "objective/times", "objective/coupling", "normalisation")
+        if option.id.partition("=")[2] not in (*IMAGE_FIELDS, "image", "logit", "centre")
+    ],
 )
 def test_parts(option: str, data_root: Path, lab_config: ComposeConfig) -> None:
     extra = ["architecture=encoder_decoder"] if option == "trace=bottleneck" else []
@@ -198,7 +263,7 @@ def test_choices_of_the_user_win_over_a_recipe(option: str, lab_config: ComposeC
     """A recipe leaves nothing in an option that was chosen instead of its own."""
     group = option.partition("=")[0]
     alone = set(lab_config(option, "dataset=line")[group])
-    for data_set in ("checkerboard", "power", "miniboone", "bsds300_patches", "custom"):
+    for data_set in ("checkerboard", "power", "miniboone", "bsds300_patches", "custom", "mnist", "digits"):
         assert set(lab_config(option, f"dataset={data_set}")[group]) == alone
 
 

@@ -121,7 +121,9 @@ def chosen(config: DictConfig, flow: Flow) -> dict[str, Any]:
         raise ConfigError(f"Expected precision float64 or float32, got {precision}. Type precision=float64.")
     traces = {"exact": Exact(config.memory, config.chunk), "hutchinson": Hutchinson(Rademacher(), config.probes)}
     if config.divergence not in (*traces, "auto"):
-        raise ConfigError(f"Expected divergence to be auto, exact or hutchinson, got {config.divergence}. Type divergence=auto.")
+        raise ConfigError(
+            f"Expected divergence to be auto, exact or hutchinson, got {config.divergence}. Type divergence=auto."
+        )
     large = images and math.prod(flow.event_shape) > MANY
     usual = 1e-5 if images else 1e-7
     return {

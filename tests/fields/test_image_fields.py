@@ -9,7 +9,6 @@ from hypothesis import given
 
 from cnf_lab.errors import ConfigError
 from cnf_lab.fields import (
-    Branches,
     ConcatConv,
     ConvEncoderDecoder,
     ConvField,
@@ -26,17 +25,16 @@ from cnf_lab.fields import (
 from cnf_lab.trace import Bottleneck, Exact, Gaussian, Hutchinson, Rademacher
 
 T = torch.tensor(0.37, dtype=torch.float64)
-ROWS = partial(Branches, hidden=[7, 5], branches=2, layer=Embedded, activation=Silu)
 FIELDS = {
-    "unet": partial(UNet, (1, 4, 4), 4, [1, 2], 1),
-    "unet-odd-sides": partial(UNet, (3, 5, 3), 4, [1, 2, 2], 2, 8),
-    "unet-one-level": partial(UNet, (2, 4, 6), 3, [1], 1),
+    "unet": partial(UNet, (1, 4, 4), 4, [1, 2], 1, Silu),
+    "unet-odd-sides": partial(UNet, (3, 5, 3), 4, [1, 2, 2], 2, Softplus, 8),
+    "unet-one-level": partial(UNet, (2, 4, 6), 3, [1], 1, Tanh),
     "parallel": partial(ParallelMultiscale, (1, 4, 4), [3, 2], ConcatConv, Softplus, 2),
     "parallel-padded": partial(ParallelMultiscale, (2, 5, 3), [3], EmbeddedConv, Tanh, 3),
     "encoder-decoder": partial(ConvEncoderDecoder, (2, 4, 4), [3, 2, 3], ConcatConv, Tanh, [1, 2, 1, -2]),
     "encoder-decoder-plain": partial(ConvEncoderDecoder, (1, 5, 3), [3, 1], EmbeddedConv, Softplus),
     "embedded-convolutions": partial(ConvField, (2, 4, 4), [3, 2], EmbeddedConv, Silu),
-    "flattened": partial(Flattened, (2, 3, 2), ROWS),
+    "flattened": partial(Flattened, (2, 3, 2), [7, 5], 2, Embedded, Silu),
 }
 
 
@@ -128,7 +126,7 @@ def test_low_precision_keeps_shapes(field, x, context):
 @pytest.mark.parametrize(
     "make",
     [
-        partial(UNet, (1, 8, 8), 8, [1, 2], 1),
+        partial(UNet, (1, 8, 8), 8, [1, 2], 1, Silu),
         partial(ConvField, (1, 8, 8), [4], EmbeddedConv, Silu, zero_start=True),
         partial(ConvField, (1, 8, 8), [4], ConcatConv, Silu, zero_start=True),
     ],
@@ -140,7 +138,7 @@ def test_zero_start(make):
 
 @given(height=st.integers(1, 9), width=st.integers(1, 9), levels=st.integers(1, 3), channels=st.sampled_from([1, 3]))
 def test_a_u_net_takes_any_size(height, width, levels, channels):
-    field = UNet((channels, height, width), 2, [1, 2, 3][:levels], 1, 4)
+    field = UNet((channels, height, width), 2, [1, 2, 3][:levels], 1, Silu, 4)
     x = torch.randn(2, channels, height, width)
     assert field(torch.tensor([0.1, 0.9]), x).shape == x.shape
 
@@ -173,13 +171,13 @@ def test_probes_in_the_bottleneck_estimate_the_divergence(randomise):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: UNet((3, 8, 8), 0, [1], 1), "of at least 1"),
-        (lambda: UNet((3, 8, 8), 8, [], 1), "of at least 1"),
-        (lambda: UNet((3,), 8, [1], 1), "events with 3 axes"),
+        (lambda: UNet((3, 8, 8), 0, [1], 1, Silu), "of at least 1"),
+        (lambda: UNet((3, 8, 8), 8, [], 1, Silu), "of at least 1"),
+        (lambda: UNet((3,), 8, [1], 1, Silu), "events with 3 axes"),
         (lambda: ParallelMultiscale((1, 8, 8), [4], ConcatConv, Tanh, 0), "Expected architecture.scales"),
         (lambda: ParallelMultiscale((1, 8, 8), [], ConcatConv, Tanh), "Expected architecture.hidden"),
         (lambda: ConvEncoderDecoder((1, 7, 7), [3, 3], ConcatConv, Tanh, [2, 1, -2]), "only where height and width"),
-        (lambda: Flattened((6,), ROWS), "events with 3 axes"),
+        (lambda: Flattened((6,), [4], 1, Embedded, Silu), "events with 3 axes"),
     ],
 )
 def test_options_out_of_range(make, said):

@@ -26,7 +26,7 @@ SCRIPT = textwrap.dedent(
         "residual": lambda: Residual((5,), 7, 1, Tanh),
         "bottleneck": lambda: EncoderDecoder((5,), [7, 3, 7], Concat, Tanh),
         "images": lambda: ConvField((1, 4, 5), [3], ConcatConv, Softplus),
-        "unet": lambda: UNet((1, 4, 5), 4, [1, 2], 1, 8),
+        "unet": lambda: UNet((1, 4, 5), 4, [1, 2], 1, Softplus, 8),
     }
     TRACES = {
         "exact": Exact(),

@@ -1,30 +1,48 @@
-"""A field of rows for images."""
+"""Perceptrons on images as rows of pixels."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from cnf_lab.fields.activations import Activation
 from cnf_lab.fields.base import Time, VectorField
+from cnf_lab.fields.branches import Branches
+from cnf_lab.fields.layers import TimeLinear
 
 
 class Flattened(VectorField):
-    """A field of rows on images as rows of pixels: what has a closed form keeps it.
+    """The sum of perceptrons on images as rows of pixels; with one or two hidden layers its divergence is closed.
 
     Args:
         event_shape: Shape of one event, (channels, height, width).
-        field: Makes the field of rows from ``event_shape`` and ``context_features``.
+        hidden: Widths of the hidden layers of each branch.
+        branches: Number of branches.
+        layer: Kind of time-conditioned layer.
+        activation: Nonlinearity between the layers.
         context_features: Size of the conditioning context; 0 for none.
+        zero_start: Whether the last layers start at zero, and the flow as the identity.
+
+    Raises:
+        ConfigError: If there is no branch or no hidden layer, or the data are not images.
     """
 
     event_dims = 3
 
     def __init__(
-        self, event_shape: tuple[int, ...], field: Callable[..., VectorField], context_features: int = 0
+        self,
+        event_shape: tuple[int, ...],
+        hidden: Sequence[int],
+        branches: int,
+        layer: type[TimeLinear],
+        activation: type[Activation],
+        context_features: int = 0,
+        zero_start: bool = False,
     ) -> None:
         super().__init__(event_shape)
-        size = event_shape[0] * event_shape[1] * event_shape[2]
-        self.field = field(event_shape=(size,), context_features=context_features)
-        self.unit_time, self.forward_mode = self.field.unit_time, self.field.forward_mode
+        row = (math.prod(event_shape),)
+        self.field = Branches(row, hidden, branches, layer, activation, context_features, zero_start)
+        self.unit_time = self.field.unit_time
 
     def forward(self, t: Time, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return dx/dt (batch, channels, height, width)."""

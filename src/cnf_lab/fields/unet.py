@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnf_lab.errors import ConfigError
+from cnf_lab.fields.activations import Activation
 from cnf_lab.fields.base import Time, VectorField
 from cnf_lab.fields.embedding import TimeEmbedding
 
@@ -53,6 +54,13 @@ class Dual:
         tangents = None if self.tangents is None else self.tangents + cast(Tensor, other.tangents)
         return Dual(self.value + other.value, tangents)
 
+    def through(self, activation: Activation) -> "Dual":
+        """Apply a nonlinearity to every entry."""
+        if self.tangents is None:
+            return Dual(activation(self.value))
+        value, slope = activation.value_and_slope(self.value)
+        return Dual(value, self.tangents * slope)
+
     def joined(self, other: "Dual") -> "Dual":
         """Put the channels of both side by side."""
         tangents = None
@@ -61,15 +69,6 @@ class Dual:
             both = [part.expand(-1, rows, -1, -1, -1) for part in (self.tangents, other.tangents)]
             tangents = torch.cat(both, dim=2)
         return Dual(torch.cat([self.value, other.value], dim=1), tangents)
-
-
-def silu(images: Dual) -> Dual:
-    r"""Apply u σ(u), with the slope :math:`\sigma(u) (1 + u (1 - \sigma(u)))`."""
-    value = F.silu(images.value)
-    if images.tangents is None:
-        return Dual(value)
-    gate = images.value.sigmoid()
-    return Dual(value, images.tangents * (gate * (1 + images.value * (1 - gate))))
 
 
 class Convolution(nn.Conv2d):
@@ -142,21 +141,24 @@ class ResidualBlock(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         features: Size of the embedding of time and context.
+        activation: Nonlinearity.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, features: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, features: int, activation: type[Activation]) -> None:
         super().__init__()
         self.before, self.first = Normalise(in_channels), Convolution(in_channels, out_channels)
         self.between, self.second = Normalise(out_channels), Convolution(out_channels, out_channels, zero=True)
         self.modulation = nn.Linear(features, 2 * out_channels)
+        self.activations = nn.ModuleList([activation(), activation()])
         self.shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, images: Dual, embedding: Tensor) -> Dual:
         """Apply the block; the second convolution starts at zero, and the block as its shortcut."""
         gate, shift = self.modulation(embedding)[..., None, None].chunk(2, dim=1)
-        inner = self.between(self.first(silu(self.before(images)))).scaled(1 + gate, shift)
+        first, second = cast(Sequence[Activation], self.activations)
+        inner = self.between(self.first(self.before(images).through(first))).scaled(1 + gate, shift)
         kept = images if self.shortcut is None else images.linear(self.shortcut)
-        return kept + self.second(silu(inner))
+        return kept + self.second(inner.through(second))
 
 
 class UNet(VectorField):
@@ -164,13 +166,14 @@ class UNet(VectorField):
 
     Time enters every block by a learned embedding that gates and shifts its channels. Odd sides are
     rounded up on the way down and cut on the way up. The last convolution starts at zero, and the
-    flow as the identity; everything is smooth in x and t.
+    flow as the identity.
 
     Args:
         event_shape: Shape of one event, (channels, height, width).
         channels: Channels at full resolution.
         multipliers: Factors of the channels at each resolution, the first one full.
         blocks: Residual blocks at each resolution on the way down, and again on the way up.
+        activation: Nonlinearity; smooth, for the field to be.
         embedding: Size of the embedding of time.
         context_features: Size of the conditioning context; 0 for none.
 
@@ -186,6 +189,7 @@ class UNet(VectorField):
         channels: int,
         multipliers: Sequence[int],
         blocks: int,
+        activation: type[Activation],
         embedding: int = 128,
         context_features: int = 0,
     ) -> None:
@@ -203,20 +207,21 @@ class UNet(VectorField):
         width, skips = channels, [channels]
         for level, out in enumerate(widths):
             for _ in range(blocks):
-                self.down.append(ResidualBlock(width, out, features))
+                self.down.append(ResidualBlock(width, out, features, activation))
                 width = out
                 skips.append(out)
             if level < len(widths) - 1:
                 self.shrink.append(Convolution(width, width, stride=2))
                 skips.append(width)
-        self.middle = ResidualBlock(width, width, features)
+        self.middle = ResidualBlock(width, width, features, activation)
         for level, out in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                self.up.append(ResidualBlock(width + skips.pop(), out, features))
+                self.up.append(ResidualBlock(width + skips.pop(), out, features, activation))
                 width = out
             if level > 0:
                 self.grow.append(Convolution(width, width))
-        self.norm, self.last = Normalise(width), Convolution(width, event_shape[0], zero=True)
+        self.norm, self.activation = Normalise(width), activation()
+        self.last = Convolution(width, event_shape[0], zero=True)
         self.blocks, self.levels = blocks, len(widths)
 
     def forward(self, t: Time, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -250,7 +255,7 @@ class UNet(VectorField):
                 images = next(up)(images.joined(skips.pop()), embedding)
             if level < self.levels - 1:
                 images = self.grow[level](_doubled(images, skips[-1].value.shape[-2:]))
-        return self.last(silu(self.norm(images)))
+        return self.last(self.norm(images).through(self.activation))
 
 
 def _doubled(images: Dual, size: torch.Size) -> Dual:
