@@ -136,9 +136,11 @@ class Baseline:
 
     def _derivative(self, t: Tensor, x: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:
         self.evaluations += 1
-        graph = self.keep_graph or torch.is_grad_enabled()
+        wanted = torch.is_grad_enabled()
+        graph = self.keep_graph or wanted
         with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_()
+            # Without gradients x may be a view that autograd does not follow, of what another block made.
+            x = x if wanted and x.requires_grad else x.detach().requires_grad_()
             with torch.autocast(x.device.type, self.low_precision, enabled=self.low_precision is not None):
                 value = self.network(t, x)
             value = value.to(x.dtype)
@@ -161,3 +163,53 @@ def _loop(value: Tensor, x: Tensor, graph: bool) -> Tensor:
         (row,) = torch.autograd.grad(value[:, index].sum(), x, create_graph=graph, retain_graph=True)
         div = div + row[:, index]
     return div
+
+
+class MultiscaleBaseline:
+    """The original's multiscale flow of images: blocks, squeezes, and half of the channels factored out.
+
+    Args:
+        blocks: Baselines of the blocks in order, ``per_scale`` before and as many after each squeeze.
+        scales: Number of scales.
+        per_scale: Blocks before each squeeze, and at the last scale.
+    """
+
+    def __init__(self, blocks: Sequence[Baseline], scales: int, per_scale: int) -> None:
+        self.blocks, self.scales, self.per_scale = list(blocks), scales, per_scale
+        self.network = nn.ModuleList(block.network for block in blocks)
+
+    @property
+    def nfe_forward(self) -> int:
+        """Evaluations of the solves forward."""
+        return sum(block.nfe_forward for block in self.blocks)
+
+    @property
+    def nfe_backward(self) -> int:
+        """Evaluations since the end of the solves."""
+        return sum(block.nfe_backward for block in self.blocks)
+
+    def pull_back(self, x: Tensor, probes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the latents (batch, D), what leaves first in front, and the log-det (batch,).
+
+        Args:
+            x: Images (batch, channels, height, width).
+            probes: A probe for each block.
+        """
+        log_det, leaving, steps = x.new_zeros(len(x)), [], zip(self.blocks, probes, strict=True)
+        for scale in range(self.scales):
+            for half in range(1 if scale == self.scales - 1 else 2):
+                if half == 1:
+                    x = torch.nn.functional.pixel_unshuffle(x, 2)
+                for _ in range(self.per_scale):
+                    block, probe = next(steps)
+                    x, part = block.pull_back(x, probe)
+                    log_det = log_det + part
+            if scale < self.scales - 1:
+                x, out = x.chunk(2, dim=1)
+                leaving.append(out.flatten(1))
+        return torch.cat([*leaving, x.flatten(1)], dim=1), log_det
+
+    def log_prob(self, x: Tensor, probes: Sequence[Tensor]) -> Tensor:
+        """Return the log-density of each image in nats."""
+        z, log_det = self.pull_back(x, probes)
+        return -0.5 * (z.square().sum(dim=1) + z.shape[1] * math.log(2 * math.pi)) + log_det

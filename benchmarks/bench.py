@@ -134,7 +134,7 @@ def baseline(setting: Setting, case: Case, name: str = "baseline", **options: An
     low = options.get("low_precision")
 
     def make() -> Theirs:
-        return Theirs(case, Baseline(case.network(setting.device), tolerance=TOLERANCE, **options), setting.device)
+        return Theirs(case, case.baseline(setting.device, tolerance=TOLERANCE, **options), setting.device)
 
     return Contender(name, make, "probe", closeness(low))
 
@@ -189,11 +189,12 @@ def agreement(setting: Setting, case: Case) -> Callable[[], None]:
             estimator = Exact() if exactly else hutchinson()
             flow = Ours(case, setting.device, estimator, RungeKuttaSolver(**solver)).flow
             generator = torch.Generator(x.device)
-            probe = Rademacher()(tuple(x.shape), x, generator.manual_seed(SEED))
+            probe = case.probe(x, generator.manual_seed(SEED))
             with torch.no_grad():
                 mapped = flow.pull_back(x, None, generator.manual_seed(SEED))
-                found = Baseline(case.network(setting.device), **solver).pull_back(x, None if exactly else probe)
-            for what, one, other in zip(("latent", "log-det"), (mapped.value, mapped.log_det), found, strict=True):
+                found = case.baseline(setting.device, **solver).pull_back(x, None if exactly else probe)
+            mine = (case.latents(mapped.value), mapped.log_det)
+            for what, one, other in zip(("latent", "log-det"), mine, found, strict=True):
                 difference = float((one - other).abs().max())
                 if not difference <= 1e-4 * max(1.0, float(other.abs().max())):
                     raise Disagreement(f"{what} of cnf_lab and the baseline differ by {difference:.2g} at {case.name}")
@@ -263,6 +264,19 @@ def step_conv(setting: Setting) -> Figure:
         *renamed("bfloat16 field", ours(setting, case, hutchinson(), solver, low_precision=torch.bfloat16)),
     ]
     title = "training step, rk4 with 1 step, float32"
+    return training(setting, case, title, contenders, "Hutchinson", most_repeats=3)
+
+
+def step_multiscale(setting: Setting) -> Figure:
+    """A training step of the published flow of MNIST."""
+    case, solver = setting.case("MNIST, multiscale"), grid(1)
+    contenders = [
+        baseline(setting, case, **solver),
+        *ours(setting, case, hutchinson(), solver, modes=setting.modes),
+        *ours(setting, case, hutchinson(), solver, ("checkpoint",)),
+        *renamed("bfloat16 field", ours(setting, case, hutchinson(), solver, low_precision=torch.bfloat16)),
+    ]
+    title = "training step, rk4 with 1 step in each block, float32"
     return training(setting, case, title, contenders, "Hutchinson", most_repeats=3)
 
 
@@ -445,7 +459,7 @@ FIGURES: dict[str, Callable[[Setting], Figure]] = {
     made.__name__: made
     for made in (
         step_rk4, step_dopri5, step_bf16, log_prob_43, log_prob_63, log_prob_63_deep, overhead_forward,
-        overhead_training, step_power, memory, step_conv, gradients, zuko, zuko_exact, torchdyn,
+        overhead_training, step_power, memory, step_conv, step_multiscale, gradients, zuko, zuko_exact, torchdyn,
     )
 }  # fmt: skip
 

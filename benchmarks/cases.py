@@ -3,19 +3,21 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from baseline import Baseline, ConcatConv2d, ConcatSquashLinear, Network
+from baseline import Baseline, ConcatConv2d, ConcatSquashLinear, MultiscaleBaseline, Network
 from torch import Tensor
 from torch.nn import functional as F
 
 from cnf_lab.fields import Activation, ConcatConv, ConcatSquash, ConvField, Mlp, Softplus, Tanh, VectorField
-from cnf_lab.flows import ContinuousFlow, Flow, StandardNormal
-from cnf_lab.ode import OdeSolver
+from cnf_lab.flows import Chain, ContinuousFlow, Flow, StandardNormal, Transform, View, Viewed, factored_out
+from cnf_lab.flows.multiscale import views
+from cnf_lab.ode import OdeSolver, SolveStats
 from cnf_lab.trace import DivergenceEstimator, Rademacher
 
 SEED = 0
+BLOCKS = 2  # before and after each squeeze, as published
 ACTIVATIONS: dict[type[Activation], Callable[[Tensor], Tensor]] = {Softplus: F.softplus, Tanh: torch.tanh}
 
 
@@ -42,6 +44,7 @@ class Case:
         hidden: Widths, or channels, of the hidden layers.
         activation: Nonlinearity.
         rows: Batch size per device type.
+        scales: Scales of a multiscale flow; 0 for a single block.
     """
 
     name: str
@@ -50,29 +53,57 @@ class Case:
     hidden: tuple[int, ...]
     activation: type[Activation]
     rows: Mapping[str, int]
+    scales: int = 0
 
     def small(self) -> "Case":
         """Return the same with few rows and units, to try the benchmark itself."""
-        event = self.event_shape if len(self.event_shape) == 1 else (self.event_shape[0], 6, 6)
+        side = 4 * 2**self.scales // 2 if self.scales else 6
+        event = self.event_shape if len(self.event_shape) == 1 else (self.event_shape[0], side, side)
         return replace(self, event_shape=event, hidden=tuple(8 for _ in self.hidden), rows={"cpu": 12, "cuda": 12})
 
-    def field(self, device: str) -> VectorField:
-        """Return the vector field with its default initialisation under the fixed seed."""
+    @property
+    def views(self) -> list[View]:
+        """What the blocks see, two before and after each squeeze as published."""
+        return views(self.scales, BLOCKS) if self.scales else [View()]
+
+    def field(self, device: str, view: View = View()) -> VectorField:  # noqa: B008
+        """Return the vector field of a block with its default initialisation under the fixed seed."""
         torch.manual_seed(SEED)
         if len(self.event_shape) == 1:
             field: VectorField = Mlp(self.event_shape, self.hidden, ConcatSquash, self.activation)
         else:
-            field = ConvField(self.event_shape, self.hidden, ConcatConv, self.activation)
+            field = ConvField(view.shape(self.event_shape), self.hidden, ConcatConv, self.activation)
         return field.to(device)
 
-    def network(self, device: str) -> Network:
+    def network(self, device: str, view: View = View()) -> Network:  # noqa: B008
         """Return the baseline's network with the weights of :meth:`field`."""
-        sizes = [self.event_shape[0], *self.hidden, self.event_shape[0]]
+        channels = self.event_shape[0] if len(self.event_shape) == 1 else view.shape(self.event_shape)[0]
         layer = ConcatSquashLinear if len(self.event_shape) == 1 else ConcatConv2d
-        network = Network(sizes, layer, ACTIVATIONS[self.activation])
-        weights = self.field("cpu").state_dict()
+        network = Network([channels, *self.hidden, channels], layer, ACTIVATIONS[self.activation])
+        weights = self.field("cpu", view).state_dict()
         network.load_state_dict({name.removeprefix("stack."): value for name, value in weights.items()})
         return network.to(device)
+
+    def transform(self, device: str, solver: OdeSolver, estimator: DivergenceEstimator) -> Transform:
+        """Return cnf_lab's block, or its blocks."""
+        blocks = [(view, ContinuousFlow(self.field(device, view), solver, estimator)) for view in self.views]
+        return Chain([Viewed(block, view) for view, block in blocks]) if self.scales else blocks[0][1]
+
+    def baseline(self, device: str, **options: Any) -> Baseline | MultiscaleBaseline:
+        """Return the baseline's block, or its blocks."""
+        blocks = [Baseline(self.network(device, view), **options) for view in self.views]
+        return MultiscaleBaseline(blocks, self.scales, BLOCKS) if self.scales else blocks[0]
+
+    def probe(self, x: Tensor, generator: torch.Generator) -> Any:
+        """Return the probe that cnf_lab draws, or those of all blocks."""
+        shapes = [self.event_shape if len(self.event_shape) == 1 else v.shape(self.event_shape) for v in self.views]
+        probes = [Rademacher()((len(x), *shape), x, generator) for shape in shapes]
+        return probes if self.scales else probes[0]
+
+    def latents(self, z: Tensor) -> Tensor:
+        """Return latents of cnf_lab in the order of the baseline's."""
+        parts = factored_out(z, self.scales) if self.scales else [z]
+        return torch.cat([part.flatten(1) for part in parts], dim=1) if self.scales else z
 
     def x(self, device: str, rows: int | None = None) -> Tensor:
         """Return normal rows under the fixed seed."""
@@ -109,6 +140,15 @@ CASES = {
             Softplus,
             {"cpu": 64, "cuda": 200},
         ),
+        Case(
+            "MNIST, multiscale",
+            "the ten published blocks; batch 200 is the original's default",
+            (1, 28, 28),
+            (64, 64, 64),
+            Softplus,
+            {"cpu": 16, "cuda": 200},
+            scales=3,
+        ),
     )
 }
 
@@ -136,7 +176,7 @@ class Ours:
         train: bool = True,
         rows: int | None = None,
     ) -> None:
-        transform = ContinuousFlow(case.field(device), solver, estimator)
+        transform = case.transform(device, solver, estimator)
         self.flow = Flow(transform, StandardNormal(case.event_shape)).to(device).train(train)
         self.x, self.low_precision, self.is_training = case.x(device, rows), low_precision, train
 
@@ -152,7 +192,7 @@ class Ours:
         if self.is_training:
             loss.backward()
         self.flow.zero_grad(set_to_none=True)
-        (stats,) = mapped.solves
+        stats = SolveStats.total(mapped.solves)
         return Run(float(loss.detach()), stats.nfe_forward, stats.nfe_backward)
 
 
@@ -171,18 +211,19 @@ class Theirs:
     def __init__(
         self,
         case: Case,
-        baseline: Baseline,
+        baseline: Baseline | MultiscaleBaseline,
         device: str,
         exact: bool = False,
         train: bool = True,
         rows: int | None = None,
     ) -> None:
-        self.baseline, self.x, self.exact, self.is_training = baseline, case.x(device, rows), exact, train
+        self.case, self.baseline, self.x = case, baseline, case.x(device, rows)
+        self.exact, self.is_training = exact, train
 
     def __call__(self) -> Run:
         """Run once; every run draws the same probe as :class:`Ours`."""
         generator = torch.Generator(self.x.device).manual_seed(SEED)
-        probe = None if self.exact else Rademacher()(tuple(self.x.shape), self.x, generator)
+        probe = None if self.exact else self.case.probe(self.x, generator)
         with torch.set_grad_enabled(self.is_training):
             loss = -self.baseline.log_prob(self.x, probe).mean()
         if self.is_training:

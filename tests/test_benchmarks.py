@@ -89,6 +89,23 @@ def test_gradients_of_a_training_step_agree(adjoint):
         torch.testing.assert_close(found[name.removeprefix("stack.")], parameter.grad, rtol=1e-6, atol=1e-8)
 
 
+def test_the_multiscale_flow_agrees_with_the_baseline_and_so_do_its_gradients():
+    case, grid = SETTING.case("MNIST, multiscale"), {"method": "rk4", "steps": 2}
+    ours = cases.Ours(case, "cpu", Hutchinson(Rademacher()), RungeKuttaSolver(**grid))
+    theirs = case.baseline("cpu", adjoint=False, **grid)
+    flow, x = ours.flow.double(), case.x("cpu").double()
+    theirs.network.double()
+    probes = case.probe(x, torch.Generator().manual_seed(0))
+    mapped = flow.pull_back(x, None, torch.Generator().manual_seed(0))
+    z, log_det = theirs.pull_back(x, probes)
+    torch.testing.assert_close(case.latents(mapped.value), z, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(mapped.log_det, log_det, rtol=1e-11, atol=1e-11)
+    theirs.log_prob(x, probes).mean().backward()
+    flow.log_prob(x, None, torch.Generator().manual_seed(0)).mean().backward()
+    for found, expected in zip(flow.parameters(), theirs.network.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize(("gradient", "backward"), [("direct", 0), ("checkpoint", 12), ("adjoint", 12)])
 def test_evaluations_of_our_steps(gradient, backward):
     solver = RungeKuttaSolver("rk4", steps=3, gradient=gradient)
@@ -121,8 +138,8 @@ def test_low_precision_of_the_baseline_is_the_fields_alone():
 def test_other_weights_stop_the_benchmark(monkeypatch):
     network = cases.Case.network
 
-    def changed(self, device):
-        found = network(self, device)
+    def changed(self, device, *view):
+        found = network(self, device, *view)
         with torch.no_grad():
             found.layers[1].linear.weight[0, 0] += 1
         return found

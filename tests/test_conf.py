@@ -129,7 +129,14 @@ def image_needs(name: str, root: Path) -> list[str]:
         "cifar10": [f"dataset.root={root}", "dataset.allow_partial=true"],
     }
     coarse = ["solver.atol=1e-2", "solver.rtol=1e-2", "solver.evaluation.atol=1e-2", "solver.evaluation.rtol=1e-2"]
-    small = ["dataset.val_images=8", "recipe.hidden=[4,4]", "recipe.blocks=1", "dataset.val_limit=4", *coarse]
+    small = [
+        "dataset.val_images=8",
+        "recipe.hidden=[4,4]",
+        "recipe.channels=4",
+        "recipe.blocks=1",
+        "dataset.val_limit=4",
+        *coarse,
+    ]
     return [*given.get(name, [f"dataset.root={root}"]), *small]
 
 

@@ -5,7 +5,7 @@ gradients, and random numbers come from the generator that is handed in: trainin
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnf_lab.errors import SolverError
 from cnf_lab.flows import Flow, continuous_blocks, fixed_layers
 from cnf_lab.training import panels
 from cnf_lab.training.plots import evaluating
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 CHUNK = 100  # images per solve
-WIDTH = 600  # pixels of a saved grid, at least
+WIDTH = 600  # pixels of a grid to look at, at least
+MARGIN, TITLE, GAP = 12, 36, 36  # pixels of a figure around its grids, above and between them
 TEMPERATURES = (0.5, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -53,9 +55,10 @@ def way(flow: Flow, z: Tensor, points: int) -> list[Tensor]:
     States between the blocks are shown as pixels too, by the inverse of the fixed layers before them.
     """
     layers = fixed_layers(flow)
-    blocks = max(1, len(continuous_blocks(flow)))
+    # The latent comes besides, so that the times of one block are evenly spaced.
+    per_block = max(1, math.ceil((points - 1) / max(1, len(continuous_blocks(flow)))))
     with evaluating(flow):
-        states = list(flow.trajectory(z, points=math.ceil(points / blocks)))
+        states = list(flow.trajectory(z, points=per_block))
         inner = states[: len(states) - len(layers)] or states
         chosen = [inner[round(share * (len(inner) - 1))] for share in np.linspace(0, 1, points)]
         for layer in reversed(layers):
@@ -175,7 +178,7 @@ def temperatures(
     """Draw the same latents at several temperatures, a row for each."""
     z = flow.base.sample(n, generator)
     images = decode(flow, torch.cat([value * z for value in values]))
-    title = f"the same latents at temperatures {', '.join(f'{value:g}' for value in values)}, from above"
+    title = f"the same latents at temperatures {', '.join(f'{value:g}' for value in values)}"
     return _figure({title: tile(shown(images, levels), n)})
 
 
@@ -184,18 +187,38 @@ def figures(
 ) -> Iterator[tuple[str, "matplotlib.figure.Figure"]]:
     """Yield the figures of a flow of images, each with its name, drawn when it is asked for.
 
+    A solve that fails costs its own figure: the error comes after the others.
+
     Args:
         flow: The density.
-        rows: Images of the data (rows, channels, height, width), whole numbers.
+        rows: Images of the data (rows, channels, height, width), whole numbers; of a single one
+            there are no interpolations.
         levels: Number of values of a pixel.
         samples: Number of samples in the grid, at most.
         generator: Source of all samples.
+
+    Raises:
+        SolverError: If a solve failed; the first of them.
     """
-    yield "samples", sample_grid(flow, rows, levels, generator, min(samples, 64))
-    yield "reconstructions", reconstructions(flow, rows, levels)
-    yield "strip", strip(flow, levels, generator)
-    yield "interpolations", interpolations(flow, rows, levels)
-    yield "temperatures", temperatures(flow, levels, generator)
+    drawings: dict[str, Callable[[], matplotlib.figure.Figure]] = {
+        "samples": lambda: sample_grid(flow, rows, levels, generator, min(samples, 64)),
+        "reconstructions": lambda: reconstructions(flow, rows, levels),
+        "strip": lambda: strip(flow, levels, generator),
+        "interpolations": lambda: interpolations(flow, rows, levels),
+        "temperatures": lambda: temperatures(flow, levels, generator),
+    }
+    if len(rows) < 2:
+        del drawings["interpolations"]
+    failures = []
+    for name, drawing in drawings.items():
+        try:
+            figure = drawing()
+        except SolverError as failure:
+            failures.append(failure)
+        else:
+            yield name, figure
+    if failures:
+        raise failures[0]
 
 
 def film(flow: Flow, levels: int, generator: torch.Generator, n: int = 16, points: int = 24) -> list[np.ndarray]:
@@ -222,11 +245,19 @@ def write_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.1, ho
 
 
 def _figure(grids: dict[str, np.ndarray]) -> "matplotlib.figure.Figure":
-    """Make a figure of grids side by side, each under its title."""
-    height = 3.4 if len(grids) > 1 else 0.6 + 7.0 * max(grid.shape[0] / grid.shape[1] for grid in grids.values())
-    figure = panels.new_figure(7.0, height)
-    for axes, (title, grid) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
-        axes.imshow(enlarged(grid), interpolation="nearest")
+    """Make a figure of grids side by side, each under its title, where every pixel of theirs has one size."""
+    large = {title: enlarged(grid) for title, grid in grids.items()}
+    width = 2 * MARGIN - GAP + sum(grid.shape[1] + GAP for grid in large.values())
+    height = TITLE + max(grid.shape[0] for grid in large.values()) + MARGIN
+    figure = panels.new_figure(1.0, 1.0)
+    figure.set_layout_engine("none")  # a layout would put the grids between the figure's pixels
+    figure.set_size_inches(width / figure.dpi, height / figure.dpi)
+    left = MARGIN
+    for title, grid in large.items():
+        tall, wide, _ = grid.shape
+        axes = figure.add_axes((left / width, 1 - (TITLE + tall) / height, wide / width, tall / height))
+        axes.imshow(grid, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
         axes.set_title(title, fontsize=9, color=panels.INK)
+        left += wide + GAP
     return figure
