@@ -131,6 +131,14 @@ def test_guard_stops_the_run(field, caplog):
     assert "stopped. Type solver=dopri5" in caplog.text
 
 
+def test_the_larger_of_both_bounds_holds(field, caplog):
+    guard = LikelihoodGuard(every_n_steps=10, bound=1e-9, bound_per_dimension=1e6)
+    with caplog.at_level(logging.WARNING, "cnf_lab"):
+        fit(field, guard, 20)
+    assert guard.tightened == 0
+    assert not caplog.records
+
+
 def test_guard_warns_once(field, caplog):
     with caplog.at_level(logging.WARNING, "cnf_lab"):
         _, trainer = fit(field, LikelihoodGuard(every_n_steps=5, action="warn"), 20)
@@ -195,6 +203,7 @@ def test_gap_is_that_of_the_solver_alone(field):
     [
         ({"every_n_steps": 0}, r"Expected callbacks\.guard\.every_n_steps above 0, got 0\. Type callbacks\.guard=null"),
         ({"bound": 0.0}, r"Expected callbacks\.guard\.bound above 0"),
+        ({"bound_per_dimension": -1.0}, r"Expected callbacks\.guard\.bound_per_dimension of at least 0"),
         ({"action": "ignore"}, r"one of tighten, stop, warn, got ignore\. Type callbacks\.guard\.action=tighten\."),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cnf_lab.errors import ConfigError
-from cnf_lab.training.schedules import cosine
+from cnf_lab.training.schedules import cosine, drop
 
 
 def rates(epochs: int, steps: int, floor: float = 0.0) -> list[float]:
@@ -36,3 +36,20 @@ def test_a_resumed_schedule_takes_the_new_length() -> None:
 def test_endless_training_has_no_cosine() -> None:
     with pytest.raises(ConfigError, match="trainer.max_epochs of at least 1 with schedule=cosine, got -1"):
         rates(-1, 1)
+
+
+def test_drop_rises_and_falls_at_its_epochs() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule, values = drop(optimizer, [4, 6], factor=0.1, lr_warmup=3), []
+    for _ in range(8):
+        values.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert values == pytest.approx([0.5, 1.0, 1.5, 2.0, 0.2, 0.2, 0.02, 0.02])
+
+
+@pytest.mark.parametrize(("at", "factor"), [([0], 0.1), ([4], 0.0), ([4], 2.0)])
+def test_drops_out_of_range(at: list[int], factor: float) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with pytest.raises(ConfigError, match=r"schedule\.factor in \(0, 1\] and schedule\.at"):
+        drop(optimizer, at, factor)
