@@ -10,7 +10,7 @@ run: it holds the command, machine, versions, commit, seed, solver and tolerance
 Times are wall-clock seconds of training on shared machines: compare them within a row's file, not between days.
 Commands find the data below `$CNF_LAB_DATA`. At equal times, with baselines and a Gaussian: [COMPARE.md](COMPARE.md).
 
-| run | command | test NLL | solver of the number | seconds of training | what to know |
+| run | command | test NLL, or bits/dim | solver of the number | seconds of training | what to know |
 |---|---|---|---|---|---|
 """
 
@@ -19,14 +19,17 @@ def row(path: Path) -> str:
     """Return the table row of one file."""
     report = json.loads(path.read_text())
     context = report["context"]
-    nll, error = report["test/nll"], report["test/nll_standard_error"]
+    quantity = "bits_per_dim" if context["unit"] == "bits/dim" else "nll"
+    value, error = report[f"test/{quantity}"], report[f"test/{quantity}_standard_error"]
+    probes = report.get(f"test/{quantity}_trace_standard_error")
+    divergence = "exact divergence" if probes is None else f"probes leave ± {probes:.4f}"
     solver = context["solver"]
-    tolerance = f"{solver['method']}, atol {solver['atol']:g}, rtol {solver['rtol']:g}, exact divergence"
+    tolerance = f"{solver['method']}, atol {solver['atol']:g}, rtol {solver['rtol']:g}, {divergence}"
     notes = list(context["data"]["notes"])
     if context["data"]["entropy"] is not None:
         notes.append(f"the true density has {context['data']['entropy']:.4f}")
     command = context["command"].replace("|", "\\|")
-    cells = [path.stem, f"`{command}`", f"{nll:.4f} ± {error:.4f} {context['unit']}", tolerance]
+    cells = [path.stem, f"`{command}`", f"{value:.4f} ± {error:.4f} {context['unit']}", tolerance]
     return " | ".join([*cells, f"{report['time/fit_seconds']:.0f}", "; ".join(notes) or "–"])
 
 

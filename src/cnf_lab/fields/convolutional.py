@@ -94,19 +94,13 @@ class ConvStack(nn.Module):
         return x, tangents
 
 
-class ConvField(VectorField):
-    r"""A convolutional network of images with time-conditioned layers.
+class LocalField(VectorField):
+    r"""A field of convolutions of images, whose pixels touch only those within their reach.
 
     Args:
         event_shape: Shape of one event, (channels, height, width).
         hidden: Channels of the hidden layers.
-        convolution: Kind of time-conditioned convolution.
-        activation: Nonlinearity between the layers.
-        strides: Stride of each layer, one more than hidden layers: 1 keeps the size of the image,
-            2 halves it, -2 doubles it. None for 1 throughout.
-        context_features: Size of the conditioning context; 0 for none.
-        spectral_norm: Whether every kernel is divided by its largest singular value.
-        zero_start: Whether the last layer starts at zero, and the flow as the identity.
+        strides: Stride of each layer, one more than hidden layers; None for 1 throughout.
 
     Raises:
         ConfigError: If there is no hidden layer, the strides do not fit, or the data are not images.
@@ -114,41 +108,16 @@ class ConvField(VectorField):
 
     event_dims = 3
 
-    def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        hidden: Sequence[int],
-        convolution: type[TimeConv],
-        activation: type[Activation],
-        strides: Sequence[int] | None = None,
-        context_features: int = 0,
-        spectral_norm: bool = False,
-        zero_start: bool = False,
-    ) -> None:
+    def __init__(self, event_shape: tuple[int, ...], hidden: Sequence[int], strides: Sequence[int] | None) -> None:
         super().__init__(event_shape)
         check_hidden(hidden)
-        strides = [1] * (len(hidden) + 1) if strides is None else list(strides)
-        check_strides(strides, len(hidden) + 1, self.event_shape[1:])
-        channels = [event_shape[0], *hidden, event_shape[0]]
-        self.unit_time = convolution.unit_time
-        self.stack = ConvStack(channels, strides, convolution, activation, False, context_features, spectral_norm)
-        if zero_start:
-            self.stack.layers[-1].zero()
-        self._apart = 1 + max(_reach(strides, length) for length in self.event_shape[1:])
-
-    def forward(self, t: Time, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return dx/dt (batch, channels, height, width)."""
-        return self.stack(t, x, context)
-
-    def value_and_jvp(
-        self, t: Time, x: Tensor, tangents: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return dx/dt and Jacobian-vector products without an autograd transform."""
-        return self.stack.value_and_jvp(t, x, tangents, context)
+        self.strides = [1] * (len(hidden) + 1) if strides is None else list(strides)
+        check_strides(self.strides, len(hidden) + 1, self.event_shape[1:])
+        self._apart = 1 + max(_reach(self.strides, length) for length in self.event_shape[1:])
 
     @property
     def divergence_tangents(self) -> int:
-        """Tangents of an exact divergence: (L + 1)² per channel with L layers of stride 1, whatever the image."""
+        """At most (L + 1)² per channel with L layers of stride 1, whatever the size of the image."""
         down, across = self._periods
         return self.event_shape[0] * down * across
 
@@ -175,7 +144,61 @@ class ConvField(VectorField):
         return min(self._apart, self.event_shape[1]), min(self._apart, self.event_shape[2])
 
 
-class ConvEncoderDecoder(BottleneckField):
+class ConvField(LocalField):
+    r"""A convolutional network of images with time-conditioned layers.
+
+    Args:
+        event_shape: Shape of one event, (channels, height, width).
+        hidden: Channels of the hidden layers.
+        convolution: Kind of time-conditioned convolution.
+        activation: Nonlinearity between the layers.
+        strides: Stride of each layer, one more than hidden layers: 1 keeps the size of the image,
+            2 halves it, -2 doubles it. None for 1 throughout.
+        context_features: Size of the conditioning context; 0 for none.
+        spectral_norm: Whether every kernel is divided by its largest singular value.
+        zero_start: Whether the last layer starts at zero, and the flow as the identity.
+
+    Raises:
+        ConfigError: If there is no hidden layer, the strides do not fit, the data are not images, or
+            options exclude each other.
+    """
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        hidden: Sequence[int],
+        convolution: type[TimeConv],
+        activation: type[Activation],
+        strides: Sequence[int] | None = None,
+        context_features: int = 0,
+        spectral_norm: bool = False,
+        zero_start: bool = False,
+    ) -> None:
+        super().__init__(event_shape, hidden, strides)
+        if zero_start and spectral_norm:
+            raise ConfigError(
+                "Expected a last layer that starts at zero or kernels of norm 1, got zero_start=true and "
+                "spectral_norm=true. Type architecture.zero_start=false."
+            )
+        channels = [event_shape[0], *hidden, event_shape[0]]
+        self.unit_time = convolution.unit_time
+        common = (context_features, spectral_norm)
+        self.stack = ConvStack(channels, self.strides, convolution, activation, False, *common)
+        if zero_start:
+            self.stack.layers[-1].zero()
+
+    def forward(self, t: Time, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return dx/dt (batch, channels, height, width)."""
+        return self.stack(t, x, context)
+
+    def value_and_jvp(
+        self, t: Time, x: Tensor, tangents: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return dx/dt and Jacobian-vector products without an autograd transform."""
+        return self.stack.value_and_jvp(t, x, tangents, context)
+
+
+class ConvEncoderDecoder(LocalField, BottleneckField):
     r"""A convolutional network through a bottleneck, for the bottleneck trace estimator.
 
     Of n hidden layers the first ⌊n/2⌋ + 1 encode, with an activation after each, and the rest
@@ -198,8 +221,6 @@ class ConvEncoderDecoder(BottleneckField):
         Grathwohl et al. (2019), section 3.2.1 and its code.
     """
 
-    event_dims = 3
-
     def __init__(
         self,
         event_shape: tuple[int, ...],
@@ -210,17 +231,14 @@ class ConvEncoderDecoder(BottleneckField):
         context_features: int = 0,
         spectral_norm: bool = False,
     ) -> None:
-        super().__init__(event_shape)
-        check_hidden(hidden)
-        strides = [1] * (len(hidden) + 1) if strides is None else list(strides)
-        check_strides(strides, len(hidden) + 1, self.event_shape[1:])
+        super().__init__(event_shape, hidden, strides)
         self.unit_time = convolution.unit_time
         channels, cut = [event_shape[0], *hidden, event_shape[0]], len(hidden) // 2 + 1
         common = (context_features, spectral_norm)
-        self.encoder = ConvStack(channels[: cut + 1], strides[:cut], convolution, activation, True, *common)
-        self.decoder = ConvStack(channels[cut:], strides[cut:], convolution, activation, False, *common)
+        self.encoder = ConvStack(channels[: cut + 1], self.strides[:cut], convolution, activation, True, *common)
+        self.decoder = ConvStack(channels[cut:], self.strides[cut:], convolution, activation, False, *common)
         size = self.event_shape[1:]
-        for stride in strides[:cut]:
+        for stride in self.strides[:cut]:
             size = _size_after(stride, size)
         self._bottleneck = (channels[cut], *size)
 

@@ -1,9 +1,9 @@
 """A field that looks at an image at several scales side by side."""
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,7 +97,4 @@ def _squeezed(images: Tensor, times: int) -> Tensor:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Return the sum of parts, the k-th unsqueezed k times."""
-    total = torch.zeros(())
-    for part in reversed(parts):
-        total = part if total.dim() == 0 else part + unsqueeze(total)
-    return total
+    return reduce(lambda total, part: part + unsqueeze(total), reversed(parts))

@@ -118,7 +118,8 @@ class Normalise(nn.Module):
         """Normalise."""
         if images.tangents is None:
             weight, bias = self.weight.flatten(), self.bias.flatten()
-            return Dual(F.group_norm(images.value, self.groups, weight, bias, self.epsilon))
+            # Not by F.group_norm, which refuses a single image of one pixel.
+            return Dual(torch.group_norm(images.value, self.groups, weight, bias, self.epsilon))
         u = self._grouped(images.value)
         centred = u - u.mean(dim=-1, keepdim=True)
         rate = (centred.square().mean(dim=-1, keepdim=True) + self.epsilon).rsqrt()
@@ -194,11 +195,7 @@ class UNet(VectorField):
         context_features: int = 0,
     ) -> None:
         super().__init__(event_shape)
-        if channels < 1 or blocks < 1 or embedding < 1 or not multipliers or min(multipliers) < 1:
-            raise ConfigError(
-                "Expected architecture.channels, blocks, embedding and all multipliers of at least 1, got "
-                f"{channels}, {blocks}, {embedding} and {list(multipliers)}. Type architecture.multipliers=[1,2,2]."
-            )
+        _check(channels, multipliers, blocks, embedding)
         self.time, features = TimeEmbedding(embedding), embedding + context_features
         widths = [channels * multiplier for multiplier in multipliers]
         self.first = Convolution(event_shape[0], channels)
@@ -256,6 +253,20 @@ class UNet(VectorField):
             if level < self.levels - 1:
                 images = self.grow[level](_doubled(images, skips[-1].value.shape[-2:]))
         return self.last(self.norm(images).through(self.activation))
+
+
+def _check(channels: int, multipliers: Sequence[int], blocks: int, embedding: int) -> None:
+    """Refuse numbers that are not positive."""
+    for name, number, usual in (("channels", channels, 32), ("blocks", blocks, 1), ("embedding", embedding, 128)):
+        if number < 1:
+            raise ConfigError(
+                f"Expected architecture.{name} of at least 1, got {number}. Type architecture.{name}={usual}."
+            )
+    if not multipliers or min(multipliers) < 1:
+        raise ConfigError(
+            "Expected architecture.multipliers with at least one positive factor, "
+            f"got {list(multipliers)}. Type architecture.multipliers=[1,2,2]."
+        )
 
 
 def _doubled(images: Dual, size: torch.Size) -> Dual:
