@@ -172,7 +172,7 @@ def test_probes_in_the_bottleneck_estimate_the_divergence(randomise):
     ("make", "said"),
     [
         (lambda: UNet((3, 8, 8), 0, [1], 1, Silu), "of at least 1"),
-        (lambda: UNet((3, 8, 8), 8, [], 1, Silu), "of at least 1"),
+        (lambda: UNet((3, 8, 8), 8, [], 1, Silu), "at least one positive factor"),
         (lambda: UNet((3,), 8, [1], 1, Silu), "events with 3 axes"),
         (lambda: ParallelMultiscale((1, 8, 8), [4], ConcatConv, Tanh, 0), "Expected architecture.scales"),
         (lambda: ParallelMultiscale((1, 8, 8), [], ConcatConv, Tanh), "Expected architecture.hidden"),
