@@ -1,4 +1,4 @@
-"""Write results/README.md from the JSON files beside it: ``python results/table.py``."""
+"""Write results/README.md and the learning curves from the JSON files beside it: ``python results/table.py``."""
 
 import json
 from pathlib import Path
@@ -33,13 +33,35 @@ def row(path: Path) -> str:
     return " | ".join([*cells, f"{report['time/fit_seconds']:.0f}", "; ".join(notes) or "–"])
 
 
+def draw_curves(path: Path, reports: dict[str, dict]) -> None:
+    """Draw the validation curves of runs against wall-clock time."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for name, report in reports.items():
+        seconds, _, values = zip(*report["curve"]["rows"], strict=True)
+        axes.plot([second / 60 for second in seconds], values, "o-", ms=3, label=f"{name}: {values[-1]:.3f}")
+    axes.set(xlabel="minutes of one CPU thread", ylabel="validation bits/dim", xlim=(0, None))
+    axes.set_title("MNIST, 64 validation images", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
-    """Write the table."""
+    """Write the table and the picture."""
     folder = Path(__file__).parent
     others = ("bench_", "compare_")  # see benchmarks/
     paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(others)]
     rows = [f"| {row(path)} |" for path in paths]
-    (folder / "README.md").write_text(HEADER + "\n".join(rows) + "\n")
+    curved = {path.stem: report for path in paths if "curve" in (report := json.loads(path.read_text()))}
+    draw_curves(folder / "mnist_curves.png", curved)
+    picture = "\n![Validation bits/dim of MNIST against time](mnist_curves.png)\n"
+    (folder / "README.md").write_text(HEADER + "\n".join(rows) + "\n" + picture)
 
 
 if __name__ == "__main__":
