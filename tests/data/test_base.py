@@ -243,7 +243,6 @@ def test_an_unknown_split_is_named():
 def test_description_holds_plain_values():
     assert Numbers().describe() == {
         "name": "numbers",
-        "unit": "nats",
         "notes": [],
         "entropy": None,
         "column_names": None,

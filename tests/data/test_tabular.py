@@ -116,7 +116,6 @@ def test_power(tmp_path, rng):
     assert module.event_shape == (6,)
     assert len(module.column_names) == 6
     assert module.notes == []
-    assert module.unit == "nats"
 
 
 def test_gas(tmp_path, rng):

@@ -180,9 +180,6 @@ class FlowDataModule(pl.LightningDataModule, ABC):
         seed: Seed of the order of rows, of random splits and of generated rows.
     """
 
-    #: Unit of the reported negative log-density.
-    unit: str = "nats"
-
     def __init__(
         self,
         name: str,
@@ -296,7 +293,6 @@ class FlowDataModule(pl.LightningDataModule, ABC):
         """Return what a checkpoint must know of the data, as plain values."""
         return {
             "name": self.name,
-            "unit": self.unit,
             "notes": list(self.notes),
             "entropy": self.entropy,
             "column_names": self.column_names,

@@ -46,11 +46,73 @@ class FlippedRows(Dataset[Batch]):
         return Batch(torch.where(mirrored, batch.x.flip(-1), batch.x), batch.context)
 
 
-class ImageDataModule(FlowDataModule):
-    r"""Images (channels, height, width) with whole-number pixels, all in memory as bytes.
+class PixelDataModule(FlowDataModule):
+    """Images (channels, height, width) with whole-number pixels, all in memory.
 
-    Validation images are cut from the training images by a seed of their own, and so are test
-    images where the set has none: nothing is ever selected on published test images.
+    Args:
+        name: Name of the data set in folders and reports.
+        batch_size: Images per training step and process.
+        evaluation_batch_size: Images per evaluation step and process.
+        limit: At most so many training images; None for all. Numbers then say so.
+        val_limit: Likewise of the validation split.
+        test_limit: Likewise of the test split.
+        steps_per_epoch: Training steps between two validations; None means one pass.
+        num_workers: Worker processes of each loader; images in memory need none.
+        seed: Seed of the order of images and of what is drawn for them.
+
+    Raises:
+        ConfigError: If a number is out of range.
+    """
+
+    #: Number L of values of a pixel.
+    levels: int = 256
+
+    def __init__(
+        self,
+        name: str,
+        batch_size: int,
+        evaluation_batch_size: int,
+        limit: int | None = None,
+        val_limit: int | None = None,
+        test_limit: int | None = None,
+        steps_per_epoch: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(name, batch_size, evaluation_batch_size, steps_per_epoch, num_workers, seed)
+        self.limits = {"train": limit, "val": val_limit, "test": test_limit}
+        for split, value in self.limits.items():
+            option = "limit" if split == "train" else f"{split}_limit"
+            if value is not None and value < 1:
+                raise ConfigError(
+                    f"Expected dataset.{option} of at least 1, got {value}. Type dataset.{option}=null for all."
+                )
+        self._shape: tuple[int, ...] | None = None
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Channels, height and width; known after :meth:`setup`."""
+        if self._shape is None:
+            self.setup()
+        assert self._shape is not None
+        return self._shape
+
+    def _limited(self, images: np.ndarray, order: np.ndarray, split: str) -> ArrayRows:
+        self._shape = tuple(images.shape[1:])
+        limit = self.limits[split]
+        if limit is not None and limit < len(order):
+            self.notes.append(
+                f"{self.name}: {limit:,} of {len(order):,} {split} images (limit); "
+                "numbers are not comparable with those of the whole set"
+            )
+            order = order[:limit]
+        return ArrayRows(images, indices=order)
+
+
+class ImageDataModule(PixelDataModule):
+    r"""Images of which the validation split is cut by a seed of its own.
+
+    So are test images where the set has none: nothing is ever selected on published test images.
 
     Args:
         name: Name of the data set in folders and reports.
@@ -72,10 +134,6 @@ class ImageDataModule(FlowDataModule):
         DataError: If files are missing or damaged.
     """
 
-    unit = "bits/dim"
-    #: Number L of values of a pixel.
-    levels: int = 256
-
     def __init__(
         self,
         name: str,
@@ -92,34 +150,18 @@ class ImageDataModule(FlowDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(name, batch_size, evaluation_batch_size, steps_per_epoch, num_workers, seed)
-        self.limits = {"train": limit, "val": val_limit, "test": test_limit}
-        for split, value in self.limits.items():
-            option = "limit" if split == "train" else f"{split}_limit"
-            if value is not None and value < 1:
-                raise ConfigError(
-                    f"Expected dataset.{option} of at least 1, got {value}. Type dataset.{option}=null for all."
-                )
+        sizes = (batch_size, evaluation_batch_size, limit, val_limit, test_limit)
+        super().__init__(name, *sizes, steps_per_epoch, num_workers, seed)
         self.val_images, self.test_images = val_images, test_images
         self.flip, self.split_seed = flip, split_seed
-        self._shape: tuple[int, ...] | None = None
 
     @abstractmethod
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Read training and test images, uint8 (images, channels, height, width); None where all are training."""
 
-    @property
-    def event_shape(self) -> tuple[int, ...]:
-        """Channels, height and width; known after :meth:`setup`."""
-        if self._shape is None:
-            self.setup()
-        assert self._shape is not None
-        return self._shape
-
     def load(self) -> Splits:
         """Read the images and cut the splits."""
         images, test = self.read()
-        self._shape = tuple(images.shape[1:])
         order = np.random.RandomState(self.split_seed).permutation(len(images))
         val, order = self._cut("val_images", order, self.val_images, len(images))
         if test is None:
@@ -140,16 +182,6 @@ class ImageDataModule(FlowDataModule):
                 f"Type dataset.{option}=0.1."
             )
         return order[:number], order[number:]
-
-    def _limited(self, images: np.ndarray, order: np.ndarray, split: str) -> ArrayRows:
-        limit = self.limits[split]
-        if limit is not None and limit < len(order):
-            self.notes.append(
-                f"{self.name}: {limit:,} of {len(order):,} {split} images (limit); "
-                "numbers are not comparable with those of the whole set"
-            )
-            order = order[:limit]
-        return ArrayRows(images, indices=order)
 
 
 class Digits(ImageDataModule):
@@ -254,17 +286,8 @@ class Mnist(PublishedImages):
     )
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Unpack the files into a scratch folder, for the data folder may be one to read only, and read them there."""
-        reader = getattr(torchvision_datasets(), self.files[0].path.split("/")[0])
-        paths = self._fetch(*self.files)
-        with tempfile.TemporaryDirectory() as scratch:
-            for path, file in zip(paths, self.files, strict=True):
-                target = Path(scratch) / file.path.removesuffix(".gz")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with gzip.open(path) as packed, target.open("wb") as unpacked:
-                    shutil.copyfileobj(packed, unpacked)
-            train, test = (reader(scratch, train=train).data.numpy()[:, None] for train in (True, False))
-        return train, test
+        """Read the four files."""
+        return read_mnist(self.files, self.root, self.download)
 
 
 class FashionMnist(Mnist):
@@ -395,6 +418,28 @@ class Svhn(PublishedImages):
         self._fetch(*self.files)
         train, test = (datasets.SVHN(str(self.root), split=split).data for split in ("train", "test"))
         return train, test
+
+
+def read_mnist(files: Sequence[RemoteFile], root: Path, download: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return training and test images of MNIST or its like, uint8 (images, 1, height, width).
+
+    They are unpacked into a scratch folder, for the data folder may be one to read only.
+
+    Args:
+        files: The four files.
+        root: The data folder.
+        download: Whether missing files are downloaded.
+    """
+    reader = getattr(torchvision_datasets(), files[0].path.split("/")[0])
+    paths = [fetch(file, root, download) for file in files]
+    with tempfile.TemporaryDirectory() as scratch:
+        for path, file in zip(paths, files, strict=True):
+            target = Path(scratch) / file.path.removesuffix(".gz")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with gzip.open(path) as packed, target.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+        train, test = (reader(scratch, train=train).data.numpy()[:, None] for train in (True, False))
+    return train, test
 
 
 def torchvision_datasets() -> Any:

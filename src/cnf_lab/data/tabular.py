@@ -19,7 +19,7 @@ import numpy as np
 
 from cnf_lab.data.base import ArrayRows, FlowDataModule, Splits
 from cnf_lab.data.download import RemoteFile, extract, fetch
-from cnf_lab.data.pickled_frame import read_frame
+from cnf_lab.data.pickled import read_frame
 from cnf_lab.errors import DataError
 
 #: The files of all five data sets, 819 MB.

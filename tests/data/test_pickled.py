@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cnf_lab.data.pickled_frame import read_frame
+from cnf_lab.data.pickled import read_frame
 from cnf_lab.errors import DataError
 
 # DataFrame(arange(20).reshape(5, 4) / 8, columns=[Time, Meth, R1, R2]).sample(frac=0.8, random_state=1)

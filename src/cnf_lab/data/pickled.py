@@ -1,13 +1,15 @@
-"""Reads a pandas frame of numbers from a pickle without running anything that is in it.
+"""Reads numbers from a pickle, a pandas frame or an array, without running anything that is in it.
 
 A pickle is a program: it names functions, and unpickling calls them. Here no function is looked
-up. Every name that a frame of numbers needs becomes a record of what was asked for, any other
-name ends the reading, and the columns are then taken from the records. This reads the
-frames of pandas 0.14 to 3 alike, which pandas itself does not: names have moved since.
+up. Every name that numbers need becomes a record of what was asked for, any other name ends
+the reading, and the numbers are then taken from the records. This reads the frames of pandas
+0.14 to 3 alike, which pandas itself does not: names have moved since.
 """
 
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,12 +54,34 @@ def read_frame(path: Path) -> tuple[list[str], np.ndarray]:
     Raises:
         DataError: The file is no pickle of a frame of numbers.
     """
+    with _reading("pandas frame", path) as file:
+        return _columns(_Recorder(file).load())
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Return a pickled numpy array of numbers, or the first one of a list of them.
+
+    Args:
+        path: The pickle, written by numpy under Python 2 or 3.
+
+    Raises:
+        DataError: The file is no pickle of an array of numbers.
+    """
+    with _reading("array", path) as file:
+        loaded = _Recorder(file).load()
+        while isinstance(loaded, list | tuple):
+            loaded = loaded[0]
+        return _array(loaded)
+
+
+@contextmanager
+def _reading(kind: str, path: Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
-            return _columns(_Recorder(file).load())
+            yield file
     except Exception as error:  # a damaged or hostile pickle can fail in any way
         raise DataError(
-            f"Expected a pickled pandas frame of numbers at {path}, got {type(error).__name__}: {error}. "
+            f"Expected a pickled {kind} of numbers at {path}, got {type(error).__name__}: {error}. "
             "Delete the file and start again, or place a whole copy there."
         ) from error
 
@@ -135,8 +159,8 @@ def _array(record: _Record) -> np.ndarray:
 
 
 def _dtype(record: _Record) -> np.dtype:
-    if not re.fullmatch("[fi][1248]", record.args[0]):
-        raise TypeError(f"columns of the type {record.args[0]}")
+    if not re.fullmatch("[fiu][1248]", record.args[0]):
+        raise TypeError(f"numbers of the type {record.args[0]}")
     return np.dtype(record.args[0]).newbyteorder(record.state[1])
 
 
