@@ -12,6 +12,9 @@ from torch import nn
 from cnf_lab.errors import ConfigError
 from cnf_lab.fields import (
     AmortisedBias,
+    AmortisedGates,
+    AmortisedLastLayer,
+    AmortisedLayers,
     AmortisedLowRank,
     Blend,
     Concat,
@@ -46,12 +49,17 @@ BIAS = {
     for layer in LAYERS
     for depth, hidden in HIDDEN.items()
 }
-FIELDS = LOW_RANK | BIAS
+OTHERS = {
+    f"{kind.__name__}-{layer.__name__}-{depth}-hidden": partial(kind, (3,), hidden, layer, Tanh)
+    for kind in (AmortisedGates, AmortisedLastLayer)
+    for layer in LAYERS
+    for depth, hidden in HIDDEN.items()
+} | {f"layers-{depth}-hidden": partial(AmortisedLayers, (3,), hidden, Tanh) for depth, hidden in HIDDEN.items()}
+FIELDS = LOW_RANK | BIAS | OTHERS
 #: Those of two layers, for what does not depend on the kind of layer.
-FEW = {name: make for name, make in FIELDS.items() if make.args[2] in (ConcatSquash, Hyper)}
-CLOSED = {
-    name: make for name, make in FIELDS.items() if len(make.args[1]) <= (1 if make.func is AmortisedLowRank else 2)
-}
+FEW = {name: make for name, make in FIELDS.items() if make.args[2] in (ConcatSquash, Hyper, Tanh)}
+DEEPEST = {AmortisedBias: 2, AmortisedGates: 2}
+CLOSED = {name: make for name, make in FIELDS.items() if len(make.args[1]) <= DEEPEST.get(make.func, 1)}
 
 
 def each(makers):
@@ -89,6 +97,37 @@ def divergence(field, x, context):
     return jacobian(field, x, context).diagonal(dim1=1, dim2=2).sum(dim=1)
 
 
+def gated_by_the_formula(field, t, row, values):
+    """Return the field with gates at one row (D,), its amortised values read off one by one."""
+    layers, values = field.stack.layers, list(values)
+    for number, layer in enumerate(layers, start=1):
+        out = layer.out_features
+        last = number == len(layers)
+        gate = torch.stack(values[:out]) if not last else torch.zeros(out).double()
+        values = values[0 if last else out :]
+        shift, values = torch.stack(values[:out]), values[out:]
+        row = (1 + gate) * layer(t, row[None])[0] + shift
+        row = row if last else torch.tanh(row)
+    assert not values
+    return row
+
+
+def owned_by_the_formula(field, hidden, number, t, row, values):
+    """Return the field whose last layers are each row's own at one row (D,)."""
+    shared, values = list(field.stack.layers), list(values)
+    sizes = [3, *hidden, 3]
+    for index, (n_in, n_out) in enumerate(pairwise(sizes)):
+        if index < len(sizes) - 1 - number:
+            row = shared[index](t, row[None])[0]
+        else:
+            bias, values = torch.stack(values[:n_out]), values[n_out:]
+            weight, values = torch.stack(values[: n_out * (n_in + 1)]), values[n_out * (n_in + 1) :]
+            row = weight.reshape(n_out, n_in + 1) @ torch.cat([t[None], row]) + bias
+        row = torch.tanh(row) if index < len(sizes) - 2 else row
+    assert not values
+    return row
+
+
 def by_the_formula(field, rank, t, row, values):
     """Return the field at one row (D,), its amortised values read off one by one."""
     layers, values = field.stack.layers, list(values)
@@ -118,9 +157,39 @@ def test_agrees_with_the_original(estimator, reference, load_original):
 
 @each({name: make for name, make in FIELDS.items() if name != "low-rank-1"})
 def test_rows_follow_the_formula_with_their_own_values(field, make, x, context):
-    rank = 2 if make.func is AmortisedLowRank else 0
-    expected = [by_the_formula(field, rank, T, row, own) for row, own in zip(x, context, strict=True)]
+    hidden = make.args[1]
+    formula = {
+        AmortisedLowRank: partial(by_the_formula, field, 2),
+        AmortisedBias: partial(by_the_formula, field, 0),
+        AmortisedGates: partial(gated_by_the_formula, field),
+        AmortisedLastLayer: partial(owned_by_the_formula, field, hidden, 1),
+        AmortisedLayers: partial(owned_by_the_formula, field, hidden, len(hidden) + 1),
+    }[make.func]
+    expected = [formula(T, row, own) for row, own in zip(x, context, strict=True)]
     torch.testing.assert_close(field(T, x, context), torch.stack(expected), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", [AmortisedLastLayer, AmortisedLayers])
+def test_no_activation_follows_the_last_layer(kind):
+    """In the original's hypernetwork one does, and softplus makes every component of the field positive."""
+    layers = (Concat,) if kind is AmortisedLastLayer else ()
+    field = kind((3,), [5], *layers, Softplus).double()
+    x = torch.randn(200, 3, dtype=torch.float64)
+    value = field(T, x, amortised(field, 200))
+    assert value.min() < -0.5
+    shift = torch.zeros(field.amortised_features, dtype=torch.float64)
+    with_bias = amortised(field, 200)
+    # The bias of the last layer moves the field by as much.
+    start = field.amortised_features - 3 - 3 * 6
+    shift[start : start + 3] = -7.0
+    torch.testing.assert_close(field(T, x, with_bias + shift), field(T, x, with_bias) - 7.0, rtol=1e-12, atol=1e-12)
+
+
+def test_gates_start_as_the_identity_flow():
+    field = AmortisedGates((3,), [8, 8], ConcatSquash, Softplus, zero_start=True)
+    assert field.amortised_features == 2 * 16 + 3
+    x = torch.randn(4, 3)
+    assert not field(T.float(), x, torch.zeros(4, field.amortised_features)).any()
 
 
 @each(FEW)
@@ -220,7 +289,7 @@ def test_mean_of_hutchinson_is_the_divergence(field, x, context, distribution):
     assert abs(estimates.mean() - divergence(field, x[:1], context[:1])) <= 4 * standard_error
 
 
-@each(FEW)
+@each({name: make for name, make in FEW.items() if make.func in (AmortisedLowRank, AmortisedBias, AmortisedGates)})
 def test_without_amortised_parts_it_is_an_mlp(field, make, x):
     mlp = Mlp((3,), *make.args[1:4]).double()
     mlp.load_state_dict(field.state_dict())
@@ -290,6 +359,9 @@ IN_FLOWS = {
     "closed-form": partial(AmortisedLowRank, (3,), [5], ConcatSquash, Tanh, 2),
     "tangents": partial(AmortisedLowRank, (3,), [5, 4], ConcatSquash, Tanh, 2),
     "bias": partial(AmortisedBias, (3,), [5, 4], ConcatSquash, Tanh),
+    "gates": partial(AmortisedGates, (3,), [5, 4], ConcatSquash, Tanh),
+    "last-layer": partial(AmortisedLastLayer, (3,), [5, 4], ConcatSquash, Tanh),
+    "layers": partial(AmortisedLayers, (3,), [5], Tanh),
 }
 # The chunk is given, because finding it would evaluate the field outside of the solve.
 each_trace = pytest.mark.parametrize("trace", [Exact(chunk=3), Hutchinson(Rademacher())], ids=["exact", "hutchinson"])

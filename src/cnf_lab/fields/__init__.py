@@ -11,6 +11,9 @@ from cnf_lab.fields.activations import Swish as Swish
 from cnf_lab.fields.activations import Tanh as Tanh
 from cnf_lab.fields.amortised import Amortised as Amortised
 from cnf_lab.fields.amortised import AmortisedBias as AmortisedBias
+from cnf_lab.fields.amortised import AmortisedGates as AmortisedGates
+from cnf_lab.fields.amortised import AmortisedLastLayer as AmortisedLastLayer
+from cnf_lab.fields.amortised import AmortisedLayers as AmortisedLayers
 from cnf_lab.fields.amortised import AmortisedLowRank as AmortisedLowRank
 from cnf_lab.fields.base import BottleneckField as BottleneckField
 from cnf_lab.fields.base import VectorField as VectorField

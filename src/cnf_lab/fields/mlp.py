@@ -54,6 +54,7 @@ class Stack(nn.Module):
         modulations = nn.ModuleList(
             nn.Linear(context_features, 2 * size, bias=False) for size in activated if context_features
         )
+        self.depth = len(layers)
         self.layers = cast(Sequence[TimeLinear], layers)
         self.activations = cast(Sequence[Activation], activations)
         self.modulations = cast(Sequence[nn.Linear], modulations)
@@ -119,7 +120,7 @@ def closed_form_divergence(maps: Sequence[AffineMap], slopes: Sequence[Tensor]) 
     .. math:: \mathrm{div} f = d_2^\top \big(W_2 \circ (W_1 W_3)^\top\big) d_1,
               \qquad d_i = g_i \circ a'(u_i).
 
-    With one activation rows may have low-rank parts of their weights besides.
+    With one activation rows may have weights of their own, or low-rank parts of them.
 
     Args:
         maps: The two or three affine maps, the last without a gate.
@@ -127,8 +128,8 @@ def closed_form_divergence(maps: Sequence[AffineMap], slopes: Sequence[Tensor]) 
     """
     gated, first, last = _gated(maps, slopes), maps[0], maps[-1]
     if len(slopes) == 1:
-        diagonal = (first.weight * last.weight.mT).sum(dim=1)  # of W1 W2, (H,)
-        div = gated[0] @ diagonal
+        diagonal = (first.weight * last.weight.mT).sum(dim=-1)  # of W1 W2, (H,), or (batch, H)
+        div = (gated[0] * diagonal).sum(dim=-1) if diagonal.dim() == 2 else gated[0] @ diagonal
         if own := _low_rank_diagonals(first, last):
             div = div + (slopes[0] * sum(own)).sum(dim=-1)
         return div
@@ -179,7 +180,7 @@ class StackField(VectorField):
     @property
     def has_closed_form(self) -> bool:
         """True with one or two hidden layers; with one where rows have weights of their own."""
-        return len(self.stack.layers) <= (3 if self.stack.shared else 2)
+        return self.stack.depth <= (3 if self.stack.shared else 2)
 
     def value_and_divergence(
         self, t: Time, x: Tensor, context: Tensor | None = None, tangents: Tensor | None = None
@@ -211,7 +212,7 @@ class StackField(VectorField):
         """
         layers = self.stack.layers
         # The matrices have a row per unit: they pay when there are more rows than units.
-        if not self.stack.shared or len(layers) != 4 or len(x) < max(layer.in_features for layer in layers):
+        if not self.stack.shared or self.stack.depth != 4 or len(x) < max(layer.in_features for layer in layers):
             return super().value_and_partial_divergence(t, x, start, stop, context)
         maps = self.stack.maps(t, context)
         value, slopes = self.stack.value_and_slopes(maps, x)
