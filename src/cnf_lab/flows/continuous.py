@@ -112,8 +112,7 @@ class ContinuousFlow(Transform):
         """
         if self.training:
             iterate_spectral_norms(self.field)
-        if self.amortiser is not None:
-            context = self.amortiser(context)
+        context = self._amortised(context)
         end = self.end_time if self.log_end_time is None else self.log_end_time.exp()
         return end * self.field(share * end, x, context).to(x.dtype)
 
@@ -129,6 +128,14 @@ class ContinuousFlow(Transform):
         for t0, t1 in zip(times[:-1], times[1:], strict=True):
             states.append(self._solve(states[-1], t0, t1, context, None, (), False).value)
         return states[1:]
+
+    def _amortised(self, context: Tensor | None) -> Tensor | None:
+        if self.amortiser is None:
+            return context
+        if context is None:
+            return self.amortiser(None)
+        with torch.autocast(context.device.type, enabled=False):  # evaluation keeps the full precision
+            return self.amortiser(context)
 
     def _drawn_end(self, riders: Sequence[Rider], generator: torch.Generator | None, device: torch.device) -> float:
         choices = [rider for rider in riders if isinstance(rider, EndTime)]
@@ -165,8 +172,7 @@ class ContinuousFlow(Transform):
     ) -> Mapped:
         solver = self.solver if self.training else self.evaluation_solver
         divergence = self.divergence if self.training else self.evaluation_divergence
-        if self.amortiser is not None:
-            context = self.amortiser(context)
+        context = self._amortised(context)
         integrands = tuple(rider for rider in riders if isinstance(rider, Integrand))
         needs = needs_of(integrands)
         divergence, with_norm = extended(divergence, needs), Needs.SQUARED_NORM in needs
