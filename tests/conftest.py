@@ -1,5 +1,6 @@
-"""What all tests share: seeds, one thread, and the reference numbers."""
+"""What all tests share: seeds, one thread, the reference numbers, and an autoencoder whose likelihood is known."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from cnf_lab.autoencoders import PixelLikelihood, Posterior, VariationalAutoencoder, no_flow
 from cnf_lab.training.command import config_folder
 
 torch.set_num_threads(1)
@@ -84,3 +86,58 @@ def lab_config(tmp_path: Path) -> Callable[..., DictConfig]:
             return compose(command, [*fixed, *overrides])
 
     return composed
+
+
+class GaussianPixels(PixelLikelihood):
+    """N(x; decoder's output, s²): with linear maps everything is Gaussian."""
+
+    levels, outputs, deviation = 2, 1, 0.7
+
+    def log_prob(self, parameters, x):
+        error = (x - parameters.squeeze(1)).flatten(1) / self.deviation
+        constant = math.log(self.deviation * math.sqrt(2 * math.pi))
+        return (-0.5 * error.square() - constant).sum(dim=1)
+
+    def mean(self, parameters):
+        return parameters.squeeze(1)
+
+    def sample(self, parameters, generator=None):
+        return self.mean(parameters) + self.deviation * torch.randn(parameters.squeeze(1).shape, generator=generator)
+
+
+class LinearEncoder(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+
+class LinearDecoder(nn.Linear):
+    def forward(self, z):
+        return super().forward(z).reshape(-1, 1, 1, 1, 5)
+
+
+class LinearGaussian(VariationalAutoencoder):
+    """An autoencoder of 5 pixels whose marginal likelihood is that of a Gaussian."""
+
+    def truth(self, x: Tensor) -> Tensor:
+        """Return log p(x) = log N(x; b, W W' + s²)."""
+        weight, bias = self.decoder.weight, self.decoder.bias
+        covariance = weight @ weight.mT + self.likelihood.deviation**2 * torch.eye(5, dtype=weight.dtype)
+        return torch.distributions.MultivariateNormal(bias, covariance).log_prob(x.flatten(1))
+
+
+@pytest.fixture(scope="session")
+def linear_gaussian() -> Callable[..., LinearGaussian]:
+    """Make a linear Gaussian autoencoder with a posterior, float64 and in evaluation mode."""
+
+    def make(posterior: Callable[..., nn.Module] = no_flow, latent: int = 2) -> LinearGaussian:
+        torch.manual_seed(3)
+        own = Posterior(4, latent, posterior(dimension=latent, context_features=4))
+        parts = (LinearEncoder(5, 4), own, LinearDecoder(latent, 5), GaussianPixels(), latent)
+        model = LinearGaussian((1, 1, 5), *parts).double()
+        for name, parameter in model.named_parameters():
+            nn.init.normal_(parameter, std=0.15 if name.startswith("posterior") else 0.4)
+        # Wider than the true posterior, so that importance weights have a variance.
+        nn.init.constant_(model.posterior.variance.bias, 1.0)
+        return model.eval()
+
+    return make

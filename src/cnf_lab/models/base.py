@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import pytorch_lightning as pl
@@ -13,15 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from cnf_lab.flows import Flow
-from cnf_lab.objectives import LossTerms, Objective, Stage, StagedObjective
+from cnf_lab.objectives import LossTerms, Model, Objective, Stage, StagedObjective
 from cnf_lab.ode import backward_failures
 
 log = logging.getLogger("cnf_lab")
 PHASES = ("train", "val", "test")
 
 
-class FlowModule(pl.LightningModule):
+class FlowModule(pl.LightningModule, Generic[Model]):
     """A flow, its objective and its optimiser in Lightning's terms.
 
     Random numbers of a step come from a generator seeded by (seed, stage, rank, epoch, step):
@@ -32,7 +31,7 @@ class FlowModule(pl.LightningModule):
     and schedule start anew.
 
     Args:
-        flow: The density.
+        flow: The density, or the autoencoder.
         objective: What training minimises, in one stage or several.
         optimiser: Makes the optimiser from ``params``, and from ``lr`` where a stage has its own.
         schedule: Makes the learning-rate schedule from ``optimizer``, and from ``epochs`` where a
@@ -46,11 +45,13 @@ class FlowModule(pl.LightningModule):
 
     #: The quantity that model selection, early stopping and plateau schedules watch.
     monitor: str = "val/nll"
+    #: Unit of that quantity.
+    unit: str = "nats"
 
     def __init__(
         self,
-        flow: Flow,
-        objective: Objective | StagedObjective,
+        flow: Model,
+        objective: Objective[Model] | StagedObjective,
         optimiser: Callable[..., Optimizer],
         schedule: Callable[..., LRScheduler | ReduceLROnPlateau] | None,
         seed: int,
@@ -59,7 +60,8 @@ class FlowModule(pl.LightningModule):
         super().__init__()
         # Plain values only: objects in a checkpoint would not load with weights_only=True.
         self.save_hyperparameters(rebuild, logger=False)
-        self.flow, self.seed = flow, seed
+        self.flow: Model = flow
+        self.seed = seed
         self.stages = objective.stages if isinstance(objective, StagedObjective) else (Stage("training", objective),)
         for stage in self.stages:
             stage.objective.check(flow)
@@ -147,6 +149,7 @@ class FlowModule(pl.LightningModule):
         """Begin the next stage where it is due, and settle when validation comes."""
         if self._stage_over and not self.in_last_stage:
             self._hand_over()
+        self.stage.objective.begin_epoch(self._stage_epochs)
         last = self._stage_epochs + 1 == self._epochs_of(self.stage)
         every = self.stage.plan.validate_every_n_epochs or self._usual_validation
         self.trainer.check_val_every_n_epoch = 1 if last else every

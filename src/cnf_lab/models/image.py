@@ -19,6 +19,7 @@ class ImageModule(LikelihoodModule):
     """
 
     monitor = "val/bits_per_dim"
+    unit = "bits/dim"
     by_block = True
 
     def log_terms(self, result: LossTerms) -> dict[str, Any]:

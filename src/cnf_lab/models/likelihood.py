@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cnf_lab.data import Batch
 from cnf_lab.errors import ConfigError
+from cnf_lab.flows import Flow
 from cnf_lab.metrics import ErrorOfMean, MeanWithError
 from cnf_lab.models.base import FlowModule
 from cnf_lab.ode import SolveStats
@@ -31,7 +32,7 @@ class Likelihoods(nn.Module):
         return found
 
 
-class LikelihoodModule(FlowModule):
+class LikelihoodModule(FlowModule[Flow]):
     """A density whose NLL is validated and tested, in nats per row.
 
     Validation and test use the flow in evaluation mode: its evaluation solver and divergence, and

@@ -1,10 +1,12 @@
 """Training objectives and penalties."""
 
 from cnf_lab.objectives.base import LossTerms as LossTerms
+from cnf_lab.objectives.base import Model as Model
 from cnf_lab.objectives.base import Objective as Objective
 from cnf_lab.objectives.base import Stage as Stage
 from cnf_lab.objectives.base import StagedObjective as StagedObjective
 from cnf_lab.objectives.base import StagePlan as StagePlan
+from cnf_lab.objectives.elbo import Elbo as Elbo
 from cnf_lab.objectives.flow_matching import FlowMatching as FlowMatching
 from cnf_lab.objectives.flow_matching import FlowMatchingThenLikelihood as FlowMatchingThenLikelihood
 from cnf_lab.objectives.likelihood import Likelihood as Likelihood

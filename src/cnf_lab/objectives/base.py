@@ -2,13 +2,18 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.errors import ConfigError
 from cnf_lab.flows import Flow
 from cnf_lab.ode import SolveStats
+
+#: What is trained: a density, or an autoencoder with one inside.
+Model = TypeVar("Model", Flow, VariationalAutoencoder)
 
 
 @dataclass(frozen=True)
@@ -26,28 +31,43 @@ class LossTerms:
     solves: tuple[SolveStats, ...] = ()
 
 
-class Objective(ABC):
+class Objective(ABC, Generic[Model]):
     """What training minimises."""
 
     #: Whether its steps solve, with the solver and the divergence of training.
     solves: bool = True
+    #: What it can train.
+    kind: type[nn.Module] = Flow
 
-    def check(self, flow: Flow) -> None:
-        """Refuse a flow that this objective cannot train.
+    def check(self, flow: nn.Module) -> None:
+        """Refuse a model that this objective cannot train.
 
         Args:
-            flow: The density.
+            flow: The model.
 
         Raises:
             ConfigError: If it cannot.
         """
+        if not isinstance(flow, self.kind):
+            typed = "elbo" if isinstance(flow, VariationalAutoencoder) else "likelihood"
+            raise ConfigError(
+                f"Expected objective=elbo with model=vae, and another one with any other model, got "
+                f"{type(self).__name__} for a {type(flow).__name__}. Type objective={typed}."
+            )
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Learn which epoch of the stage begins, counted from 0; for objectives that change with time.
+
+        Args:
+            epoch: Number of the epoch.
+        """
 
     @abstractmethod
-    def __call__(self, flow: Flow, x: Tensor, context: Tensor | None, generator: torch.Generator | None) -> LossTerms:
+    def __call__(self, flow: Model, x: Tensor, context: Tensor | None, generator: torch.Generator | None) -> LossTerms:
         """Evaluate the objective on a batch.
 
         Args:
-            flow: The density, in training mode.
+            flow: The model, in training mode.
             x: Rows (batch, \\*event).
             context: Conditioning (batch, features) or None.
             generator: Source of everything random in the objective.
@@ -96,7 +116,7 @@ class Stage:
     """
 
     name: str
-    objective: Objective
+    objective: Objective[Any]
     plan: StagePlan = StagePlan()
 
 

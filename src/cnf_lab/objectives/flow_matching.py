@@ -3,7 +3,7 @@ r"""Flow matching, alone or as the first stage before maximum likelihood."""
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf_lab.errors import ConfigError
 from cnf_lab.flows import BlockSequence, Flow
@@ -13,7 +13,7 @@ from cnf_lab.objectives.likelihood import Likelihood
 from cnf_lab.objectives.paths import Coupling, Path, Times
 
 
-class FlowMatching(Objective):
+class FlowMatching(Objective[Flow]):
     r"""The mean squared distance of the field from the velocity of a path, without a solve.
 
     .. math:: \frac{1}{B D} \sum_b \lVert f(u_b, x_b(u_b)) - \dot x_b(u_b) \rVert^2,
@@ -52,8 +52,10 @@ class FlowMatching(Objective):
             )
         self.path, self.times, self.coupling = path, times, coupling
 
-    def check(self, flow: Flow) -> None:
+    def check(self, flow: nn.Module) -> None:
         """Refuse a flow whose blocks are not one path, and couplings that would bias a conditional density."""
+        super().check(flow)
+        assert isinstance(flow, Flow)
         BlockSequence(flow)
         if self.coupling.joint and flow.context_features:
             raise ConfigError(

@@ -10,7 +10,7 @@ from cnf_lab.flows.riders import Rider
 from cnf_lab.objectives.base import LossTerms, Objective
 
 
-class Likelihood(Objective):
+class Likelihood(Objective[Flow]):
     r"""The mean negative log-density, :math:`-\frac1B \sum_b \log p(x_b)`, plus weighted penalties.
 
     For pixels it is the bound :math:`-\frac1B \sum_b (\log p(x_b + u_b) - \log q(u_b \mid x_b))`, with
