@@ -2,6 +2,7 @@
 
 import gzip
 import inspect
+import pickle
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from cnf_lab.data.images import FashionMnist, Mnist, Svhn
+from cnf_lab.data.vae_images import BinaryMnist, Caltech101Silhouettes, FreyFaces, Omniglot
 from cnf_lab.train import train
 from cnf_lab.training.command import config_folder
 
@@ -26,6 +28,7 @@ ComposeConfig = Callable[..., DictConfig]
 CONF = config_folder()
 TABULAR = ("power", "gas", "hepmass", "miniboone", "bsds300")
 IMAGES = ("mnist", "fashion_mnist", "cifar10", "svhn", "digits", "image_folder", "images")
+VAE = ("binary_mnist", "omniglot", "freyfaces", "caltech101", "mnist_vae", "vae")
 IMAGE_FIELDS = ("conv", "conv_encoder_decoder", "parallel_multiscale", "unet", "flattened")
 #: Arguments that the lab gives besides those of the yaml.
 GIVEN = {
@@ -47,11 +50,25 @@ GIVEN = {
         "preprocess",
         "normalisation",
         "dequantisation",
+        "posterior",
+    },
+    "posterior": {
+        "dimension",
+        "context_features",
+        "field",
+        "solver",
+        "evaluation_solver",
+        "divergence",
+        "evaluation_divergence",
     },
     "trainer": {"callbacks", "logger", "default_root_dir", "enable_progress_bar"},
 }
 #: Keys of a yaml that the lab takes out before it makes the target.
-TAKEN = {"model": {"name", "module", "monitor", "evaluation_trace", "dequantisation"}, "solver": {"evaluation"}}
+TAKEN = {
+    "model": {"name", "module", "monitor", "evaluation_trace", "dequantisation"},
+    "solver": {"evaluation"},
+    "posterior": {"field"},
+}
 #: Targets of other libraries need not list all of their options.
 PARTLY = (
     "torch.",
@@ -108,6 +125,15 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table = {"X": rng.integers(0, 256, (32, 32, 3, 20), dtype=np.uint8), "y": np.ones((20, 1), dtype=np.uint8)}
         savemat(root / file.path, table)
     np.save(root / "rows.npy", rng.normal(size=(80, 3)))
+    for folder in ("omniglot", "freyfaces", "caltech101_silhouettes", "binarized_mnist"):
+        (root / folder).mkdir()
+    characters = {"data": rng.random((784, 30)), "testdata": rng.random((784, 10))}
+    savemat(root / Omniglot.file.path, characters)
+    shapes = {f"{key}_data": rng.integers(0, 2, (20, 784), dtype=np.uint8) for key in ("train", "val", "test")}
+    savemat(root / Caltech101Silhouettes.published.path, shapes)
+    (root / FreyFaces.file.path).write_bytes(pickle.dumps([rng.integers(0, 256, (40, 560), dtype=np.uint8)], 0))
+    for file in BinaryMnist.published:
+        (root / file.path).write_text("\n".join(" ".join(map(str, row)) for row in rng.integers(0, 2, (20, 784))))
     return root
 
 
@@ -118,6 +144,10 @@ def small_files_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for kind in (Mnist, FashionMnist, Svhn):
         monkeypatch.setattr(kind, "files", tuple(replace(file, checksum=None) for file in kind.files))
+    monkeypatch.setattr(Omniglot, "file", replace(Omniglot.file, checksum=None))
+    monkeypatch.setattr(FreyFaces, "file", replace(FreyFaces.file, checksum=None))
+    monkeypatch.setattr(Caltech101Silhouettes, "published", replace(Caltech101Silhouettes.published, checksum=None))
+    monkeypatch.setattr(BinaryMnist, "rows", (20, 20, 20))
     monkeypatch.setattr(SVHN, "split_list", {split: ["", f"{split}_32x32.mat", None] for split in ("train", "test")})
 
 
@@ -152,6 +182,10 @@ def needs(option: str, root: Path) -> list[str]:
     if name in IMAGES:
         chosen = ["dataset=digits"] if name == "images" else []
         return [*chosen, *image_needs("digits" if name == "images" else name, root), *short]
+    if name in VAE:
+        chosen = ["dataset=freyfaces"] if name == "vae" else []
+        small = ["recipe.hidden=[4]", "recipe.blocks=1", "recipe.rank=1", "model.latent=4", "model.features=8"]
+        return [*chosen, f"dataset.root={root}", *small, *short]
     if name in TABULAR:
         return [f"dataset.root={root}", "dataset.allow_partial=true", "architecture.hidden=[8]", *short]
     if name == "bsds300_patches":
@@ -198,6 +232,16 @@ def test_parts_of_images(option: str, data_root: Path, lab_config: ComposeConfig
     survive(lab_config("dataset=digits", *chosen, *objective, "callbacks=[default]", *needs("digits", data_root)))
 
 
+@pytest.mark.parametrize("option", [*cases("posterior"), pytest.param("model=vae", id="model=vae")])
+def test_parts_of_autoencoders(option: str, data_root: Path, lab_config: ComposeConfig) -> None:
+    small = ["model=vae", "objective=elbo", "recipe.hidden=[4]", "recipe.rank=1", "model.latent=8", "model.features=8"]
+    survive(
+        lab_config(
+            "dataset=digits", *small, "callbacks=[default]", "schedule=constant", option, *needs("digits", data_root)
+        )
+    )
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -205,7 +249,7 @@ def test_parts_of_images(option: str, data_root: Path, lab_config: ComposeConfig
         for option in cases("solver", "trace", "architecture", "objective", "regulariser", "preprocess")
         + cases("architecture/layer", "architecture/activation", "optimiser", "schedule", "model", "paths")
         + cases("objective/path", "objective/times", "objective/coupling", "normalisation")
-        if option.id.partition("=")[2] not in (*IMAGE_FIELDS, "image", "logit", "centre")
+        if option.id.partition("=")[2] not in (*IMAGE_FIELDS, "image", "vae", "elbo", "logit", "centre")
     ],
 )
 def test_parts(option: str, data_root: Path, lab_config: ComposeConfig) -> None:
@@ -235,7 +279,7 @@ def test_surroundings(option: str, data_root: Path, lab_config: ComposeConfig) -
 @pytest.mark.parametrize(
     "option",
     cases("dataset", "solver", "trace", "architecture", "objective", "regulariser", "preprocess", "normalisation")
-    + cases("optimiser", "schedule", "model", "trainer", "callbacks", "logger"),
+    + cases("optimiser", "schedule", "model", "trainer", "callbacks", "logger", "posterior"),
 )
 def test_keys_are_the_arguments_of_the_target(option: str, lab_config: ComposeConfig) -> None:
     group, name = option.split("=")

@@ -2,7 +2,7 @@
 
 ``cnf_lab.load(run)`` gives a trained flow; ``python -m cnf_lab.train`` makes one. The numerical
 core (:mod:`cnf_lab.fields`, :mod:`cnf_lab.trace`, :mod:`cnf_lab.ode`, :mod:`cnf_lab.flows`,
-:mod:`cnf_lab.objectives`) is plain torch and can be used without the lab.
+:mod:`cnf_lab.autoencoders`, :mod:`cnf_lab.objectives`) is plain torch and can be used without the lab.
 """
 
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cnf_lab.errors import ConfigError, DataError, LabError, SolverError
 
 if TYPE_CHECKING:
+    from cnf_lab.autoencoders import VariationalAutoencoder
     from cnf_lab.flows import Flow
 
 try:
@@ -23,14 +24,15 @@ except _PackageNotFoundError:  # run from a source tree that is not installed
 __all__ = ["ConfigError", "DataError", "LabError", "SolverError", "__version__", "load"]
 
 
-def load(run: str | _Path) -> "Flow":
-    """Load a trained flow in evaluation mode.
+def load(run: str | _Path) -> "Flow | VariationalAutoencoder":
+    """Load a trained flow, or autoencoder, in evaluation mode.
 
     Args:
         run: A run folder (its best checkpoint, else its last) or a checkpoint file.
 
     Returns:
-        A flow with ``log_prob``, ``sample``, ``pull_back`` and ``push_forward``. Its parameters are
+        A flow with ``log_prob``, ``sample``, ``pull_back`` and ``push_forward``; of a run of model=vae
+        an autoencoder with ``elbo``, ``latents``, ``decode`` and ``sample``. Its parameters are
         frozen; ``flow.requires_grad_()`` makes them trainable again.
 
     Raises:

@@ -2,19 +2,24 @@
 
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
+from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.data import Rows
 from cnf_lab.data.custom import read_rows
 from cnf_lab.data.images import read_images
 from cnf_lab.errors import ConfigError
 from cnf_lab.flows import Flow, UniformDequantiser, continuous_blocks
+from cnf_lab.ode import OdeSolver
 from cnf_lab.trace import DivergenceEstimator, Exact, Hutchinson, Rademacher
+from cnf_lab.training.bounds import elbo_gap, elbo_numbers, elbos, importance_numbers, importance_weighted
 from cnf_lab.training.build import build_data
 from cnf_lab.training.command import check_number, run_command
 from cnf_lab.training.likelihoods import (
@@ -48,74 +53,142 @@ NUMBERS = (
     ("draws", int, 1, "10", False),
     ("probes", int, 1, "4", False),
     ("check", int, 0, "20", False),
+    ("iwae_draws", int, 0, "5000", False),
     ("seed", int, 0, "0", False),
 )
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 MANY = 256  # entries of an image above which divergence=auto goes by probes
+#: What else bounds the likelihood, with some words on it.
 BOUNDS = {
-    "uniform_1": "one draw of uniform noise, as published numbers have it",
-    "importance_weighted": "importance-weighted with {draws} draws",
+    "bits_per_dim": "in bits/dim",
+    "bits_per_dim_uniform_1": "one draw of uniform noise, as published numbers have it",
+    "bits_per_dim_importance_weighted": "importance-weighted with {draws} draws",
+    "negative_iwae_bound": "minus the importance-weighted bound with {iwae_draws} draws",
+    "bits_per_dim_iwae": "the same in bits/dim",
 }
+#: Where errors of a mean come from, besides the finite number of rows.
+SOURCES = {"dequantisation": "dequantisation draws", "draws": "draws of the posterior", "trace": "probes"}
+#: Numbers that no error belongs to.
+QUALITIES = {
+    "reconstruction": "reconstruction, nats",
+    "kl": "KL of the posterior from the prior, nats",
+    "active_units": "active units",
+    "effective_sample_size_median": "effective sample size of {iwae_draws}, median",
+    "effective_sample_size_least": "effective sample size of {iwae_draws}, least",
+}
+VISIBLE = {"bits_per_dim": 5e-4, "negative_elbo": 5e-3}  # changes that a number to two decimals would show
 
 
 def evaluate(config: DictConfig) -> float:
-    """Rebuild a flow from its checkpoint alone and report the likelihood of rows or images.
+    """Rebuild a model from its checkpoint alone and report the likelihood of rows or images, or a bound of it.
 
     Args:
         config: The composed configuration of ``evaluate.yaml``.
 
     Returns:
-        The mean NLL in nats per row, or in bits/dim for images.
+        The mean NLL in nats per row, or in bits/dim for images, or the mean negative ELBO in nats.
     """
     for name, kind, least, typed, optional in NUMBERS:
         check_number(config, name, kind, least, typed, optional)
     run = require_run(config.run)
-    flow, rebuild = restore_flow(run)
-    images = flow.dequantiser is not None
-    choices = chosen(config, flow)
+    model, rebuild = restore_flow(run)
+    choices = chosen(config, model)
     solver = converged_solver(config.method, choices["atol"], choices["rtol"])
     divergence = choices["divergence"]
-    flow.set_evaluation(solver, divergence)
-    flow.to(choose_device(config.device), PRECISIONS[choices["precision"]])
+    model.set_evaluation(solver, divergence)
+    model.to(choose_device(config.device), PRECISIONS[choices["precision"]])
 
-    name, rows, notes = open_rows(config, flow, rebuild)
-    draws = config.draws if images else 1
-    found = log_likelihoods(flow, rows, config.batch_size, config.limit, draws, config.seed)
-    solved = bool(continuous_blocks(flow))  # or mapped in closed form
-    numbers = image_likelihoods(flow, rows, found, config) if images else nll_numbers(found)
-    if images and solved and config.check:
-        tight = converged_solver(config.method, choices["atol"] / 100, choices["rtol"] / 100)
-        numbers |= solver_gap(flow, rows, config.check, tight, divergence, config.seed)
+    name, rows, notes = open_rows(config, model, rebuild)
+    tight = converged_solver(config.method, choices["atol"] / 100, choices["rtol"] / 100)
+    if isinstance(model, VariationalAutoencoder):
+        found = autoencoder_findings(model, rows, config, tight, divergence)
+    else:
+        found = flow_findings(model, rows, config, tight, divergence)
 
+    solved = bool(continuous_blocks(model))  # or mapped in closed form
     folder = Path(config.output) if config.output else run_folder(run) / "evaluation"
     context = {
         "run": str(run),
         "split": config.split if config.data is None else None,
         "file": config.data,
         "limit": config.limit,
-        "rows": found.log_prob.shape[1],
-        "draws": draws if images else None,
-        "unit": rebuild["data"]["unit"],
+        "rows": found.per_row.shape[1],
+        "draws": found.draws,
+        "iwae_draws": config.iwae_draws or None,
+        "unit": found.unit,
         "notes": notes,
         "solver": solver.describe() if solved else None,
-        "trace": told(divergence, flow) if solved else None,
+        "trace": told(divergence, model) if solved else None,
         "precision": choices["precision"],
         "nfe": found.nfe,
         "seed": rebuild["config"]["seed"],
         **environment(),
     }
-    write_json(folder / f"{name}.json", {**numbers, "context": context})
-    np.save(folder / f"{name}_log_prob.npy", (found.log_prob if draws > 1 else found.log_prob[0]).numpy())
+    write_json(folder / f"{name}.json", {**found.numbers, "context": context})
+    per_row = found.per_row if len(found.per_row) > 1 else found.per_row[0]
+    np.save(folder / f"{name}_{found.per_row_name}.npy", per_row.numpy())
     for note in notes:
         log.warning("%s", note)
-    report(name, numbers, context, images)
-    log.info("log-likelihood of every row: %s", folder / f"{name}_log_prob.npy")
-    return numbers["bits_per_dim" if images else "nll"]
+    report(name, found, context)
+    log.info("%s of every row: %s", found.per_row_name, folder / f"{name}_{found.per_row_name}.npy")
+    return found.numbers[found.quantity]
 
 
-def chosen(config: DictConfig, flow: Flow) -> dict[str, Any]:
-    """Return precision, tolerances and divergence, with what is left open decided by what is modelled."""
+@dataclass(frozen=True)
+class Findings:
+    """What was found of some rows.
+
+    Attributes:
+        numbers: Means and their errors by name.
+        quantity: The name of the first of them.
+        unit: Its unit.
+        per_row: The same per draw and row, as log-densities or bounds of them (draws, rows).
+        per_row_name: What these are.
+        nfe: Evaluations of all solves.
+        draws: Draws per row; None where nothing is drawn.
+    """
+
+    numbers: dict[str, float]
+    quantity: str
+    unit: str
+    per_row: Tensor
+    per_row_name: str
+    nfe: int
+    draws: int | None
+
+
+def flow_findings(
+    flow: Flow, rows: Rows, config: DictConfig, tight: OdeSolver, divergence: DivergenceEstimator
+) -> Findings:
+    """Return the likelihood of rows, in nats, or of images, in bits/dim too."""
     images = flow.dequantiser is not None
+    draws = config.draws if images else 1
+    found = log_likelihoods(flow, rows, config.batch_size, config.limit, draws, config.seed)
+    if not images:
+        return Findings(nll_numbers(found), "nll", "nats", found.log_prob, "log_prob", found.nfe, None)
+    numbers = image_likelihoods(flow, rows, found, config)
+    if config.check and continuous_blocks(flow):
+        numbers |= solver_gap(flow, rows, config.check, tight, divergence, config.seed)
+    return Findings(numbers, "bits_per_dim", "bits/dim", found.log_prob, "log_prob", found.nfe, draws)
+
+
+def autoencoder_findings(
+    model: VariationalAutoencoder, rows: Rows, config: DictConfig, tight: OdeSolver, divergence: DivergenceEstimator
+) -> Findings:
+    """Return the ELBO of images and, if asked for, the importance-weighted bound."""
+    found = elbos(model, rows, config.batch_size, config.limit, config.draws, config.seed)
+    numbers = elbo_numbers(found, model)
+    if config.iwae_draws:
+        weighted = importance_weighted(model, rows, config.iwae_draws, config.batch_size, config.limit, config.seed)
+        numbers |= importance_numbers(weighted, model)
+    if config.check and continuous_blocks(model):
+        numbers |= elbo_gap(model, rows, config.check, tight, divergence, config.seed)
+    return Findings(numbers, "negative_elbo", "nats", found.log_weight, "elbo", found.nfe, config.draws)
+
+
+def chosen(config: DictConfig, model: Flow | VariationalAutoencoder) -> dict[str, Any]:
+    """Return precision, tolerances and divergence, with what is left open decided by what is modelled."""
+    images = isinstance(model, VariationalAutoencoder) or model.dequantiser is not None
     precision = config.precision or ("float32" if images else "float64")
     if precision not in PRECISIONS:
         raise ConfigError(f"Expected precision float64 or float32, got {precision}. Type precision=float64.")
@@ -124,7 +197,7 @@ def chosen(config: DictConfig, flow: Flow) -> dict[str, Any]:
         raise ConfigError(
             f"Expected divergence to be auto, exact or hutchinson, got {config.divergence}. Type divergence=auto."
         )
-    large = images and math.prod(flow.event_shape) > MANY
+    large = any(math.prod(block.field.event_shape) > MANY for block in continuous_blocks(model)) and images
     usual = 1e-5 if images else 1e-7
     return {
         "precision": precision,
@@ -144,32 +217,36 @@ def image_likelihoods(flow: Flow, rows: Rows, found: Likelihoods, config: DictCo
     return image_numbers(found, uniform, math.prod(flow.event_shape))
 
 
-def told(divergence: DivergenceEstimator, flow: Flow) -> str:
+def told(divergence: DivergenceEstimator, model: Flow | VariationalAutoencoder) -> str:
     """Say in some words how divergences were taken."""
-    return "exact" if divergence.exact else divergence.describe(continuous_blocks(flow)[0].field)
+    return "exact" if divergence.exact else divergence.describe(continuous_blocks(model)[0].field)
 
 
-def report(name: str, numbers: dict[str, float], context: dict[str, Any], images: bool) -> None:
+def report(name: str, found: Findings, context: dict[str, Any]) -> None:
     """Log the numbers, each with the errors that it has, and how they were solved."""
-    quantity = "bits_per_dim" if images else "nll"
-    count = f"{context['rows']:,} {'images' if images else 'rows'}"
-    log.info("%s: %s %s %s over %s", name, quantity, spread(numbers, quantity), context["unit"], count)
+    numbers, quantity = found.numbers, found.quantity
+    count = f"{context['rows']:,} {'rows' if quantity == 'nll' else 'images'}"
+    log.info("%s: %s %s %s over %s", name, quantity, spread(numbers, quantity), found.unit, count)
     for bound, words in BOUNDS.items():
-        if f"bits_per_dim_{bound}" in numbers:
-            log.info("%s: %s", words.format(draws=context["draws"]), spread(numbers, f"bits_per_dim_{bound}"))
-    for source in ("dequantisation", "trace"):
+        if bound in numbers and bound != quantity:
+            log.info("%s: %s", words.format(**context), spread(numbers, bound))
+    for source, words in SOURCES.items():
         if f"{quantity}_{source}_standard_error" in numbers:
-            error = numbers[f"{quantity}_{source}_standard_error"]
-            log.info("of it by %s: ± %.1e", {"trace": "probes"}.get(source, "dequantisation draws"), error)
-    if "bits_per_dim_solver_gap" in numbers:
-        gap, largest = numbers["bits_per_dim_solver_gap"], numbers["bits_per_dim_largest_solver_gap"]
+            log.info("of it by %s: ± %.1e", words, numbers[f"{quantity}_{source}_standard_error"])
+    for quality, words in QUALITIES.items():
+        if quality in numbers:
+            log.info("%s: %.4g", words.format(**context), numbers[quality])
+    if f"{quantity}_solver_gap" in numbers:
+        gap, largest = numbers[f"{quantity}_solver_gap"], numbers[f"{quantity}_largest_solver_gap"]
         log.info(
             "a solve at a hundredth of the tolerance in float64 changes it by %+.1e, an image by up to %.1e",
             gap,
             largest,
         )
-        if abs(gap) > 5e-4:
-            log.warning("Expected a converged solve, got a change of %+.1e bits/dim. Type atol=1e-7 rtol=1e-7.", gap)
+        if abs(gap) > VISIBLE[quantity]:
+            log.warning(
+                "Expected a converged solve, got a change of %+.1e %s. Type atol=1e-7 rtol=1e-7.", gap, found.unit
+            )
     if context["solver"] is None:
         log.info("closed form, %s", context["precision"])
     else:
@@ -183,12 +260,15 @@ def spread(numbers: dict[str, float], quantity: str) -> str:
     return f"{numbers[quantity]:.4f} ± {numbers[f'{quantity}_standard_error']:.4f}"
 
 
-def open_rows(config: DictConfig, flow: Flow, rebuild: dict[str, Any]) -> tuple[str, Rows, list[str]]:
+def open_rows(
+    config: DictConfig, model: Flow | VariationalAutoencoder, rebuild: dict[str, Any]
+) -> tuple[str, Rows, list[str]]:
     """Return a name, the rows to evaluate, and what every number from them must say."""
     if config.data is not None:
         described, shape, name = rebuild["data"], rebuild["event_shape"], f"rows_{Path(str(config.data)).stem}"
-        if flow.dequantiser is not None:
-            return name, read_images(str(config.data), shape, flow.dequantiser.levels, config.key), []
+        pixels = model.likelihood if isinstance(model, VariationalAutoencoder) else model.dequantiser
+        if pixels is not None:
+            return name, read_images(str(config.data), shape, pixels.levels, config.key), []
         names = described["column_names"], described["context_names"]
         return name, read_rows(str(config.data), math.prod(shape), *names, key=config.key), []
     saved = OmegaConf.create(rebuild["config"])

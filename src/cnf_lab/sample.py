@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.data.custom import read_rows
 from cnf_lab.errors import ConfigError
 from cnf_lab.flows import Flow
@@ -43,7 +44,8 @@ def sample(config: DictConfig) -> None:
         check_number(config, name, kind, least, typed, optional)
     run = require_run(config.run)
     flow, rebuild = restore_flow(run)
-    levels = None if flow.dequantiser is None else flow.dequantiser.levels
+    pixels = flow.likelihood if isinstance(flow, VariationalAutoencoder) else flow.dequantiser
+    levels = None if pixels is None else pixels.levels
     usual = (1e-6, 10000, torch.float64) if levels is None else (1e-5, 500, torch.float32)
     tolerance, batch_size, precision = usual
     path = Path(config.output) if config.output else run_folder(run) / "samples" / f"samples_seed_{config.seed}.npy"
@@ -79,10 +81,10 @@ def sample(config: DictConfig) -> None:
         log.info("picture: %s", picture)
 
 
-def open_context(config: DictConfig, flow: Flow, names: list[str] | None) -> Tensor | None:
+def open_context(config: DictConfig, flow: Flow | VariationalAutoencoder, names: list[str] | None) -> Tensor | None:
     """Return the context of every sample (n or 1, features), or None for a density without one."""
     given = config.context
-    if not flow.context_features:
+    if isinstance(flow, VariationalAutoencoder) or not flow.context_features:
         if given is not None:
             raise ConfigError("Expected no context for this density, which has none. Leave out context=....")
         return None
@@ -106,7 +108,12 @@ def open_context(config: DictConfig, flow: Flow, names: list[str] | None) -> Ten
 
 
 def draw(
-    flow: Flow, n: int, context: Tensor | None, batch_size: int, temperature: float, generator: torch.Generator
+    flow: Flow | VariationalAutoencoder,
+    n: int,
+    context: Tensor | None,
+    batch_size: int,
+    temperature: float,
+    generator: torch.Generator,
 ) -> np.ndarray:
     """Draw n rows in batches."""
     parts = []
@@ -114,7 +121,10 @@ def draw(
         count = min(batch_size, n - start)
         shared = context if context is None or len(context) == 1 else context[start : start + count]
         given = None if shared is None else shared.to(generator.device)
-        parts.append(flow.sample(count, given, generator, temperature).cpu())
+        if isinstance(flow, VariationalAutoencoder):
+            parts.append(flow.sample(count, generator, temperature).cpu())
+        else:
+            parts.append(flow.sample(count, given, generator, temperature).cpu())
     return torch.cat(parts).numpy()
 
 

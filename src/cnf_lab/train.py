@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.data import FlowDataModule
 from cnf_lab.errors import ConfigError
 from cnf_lab.flows import continuous_blocks
@@ -165,7 +166,7 @@ def report(
     """Write metrics.json and say where the run ended."""
     (folder / "FAILED").unlink(missing_ok=True)
     context = {
-        "unit": data.unit,
+        "unit": module.unit,
         "data": data.describe(),
         **solves(config, module),
         "seed": config.seed,
@@ -178,7 +179,7 @@ def report(
             error = metrics.get(f"{name}_standard_error")
             error_text = "" if error is None else f" ± {error:.4f}"
             truth = "" if data.entropy is None else f"; the true density has {data.entropy:.4f}"
-            log.info("%s %.4f%s %s%s", name, metrics[name], error_text, data.unit, truth)
+            log.info("%s %.4f%s %s%s", name, metrics[name], error_text, module.unit, truth)
     for note in data.notes:
         log.warning("%s", note)
     log.info("run folder %s", folder)
@@ -205,6 +206,8 @@ def announce(config: DictConfig, data: FlowDataModule, module: FlowModule, folde
     log.info("%s: events %s, rows %s", data.name, tuple(data.event_shape), rows)
     log.info("model %s with %s parameters; run folder %s", config.model.name, f"{parameters:,}", folder)
     blocks = continuous_blocks(module)
+    if isinstance(module.flow, VariationalAutoencoder):
+        log.info("the posterior has a field of its own: architecture, preprocess and normalisation are not used")
     if not blocks:
         log.info("no vector field: architecture, solver and trace are not used")
     elif module.solves:  # the fields of all blocks are of one kind

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor
 from torch import Tensor
 
+from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.data import Batch, FlowDataModule
 from cnf_lab.errors import ConfigError, LabError
 from cnf_lab.flows import ContextScaler, Flow, Preprocess
@@ -70,8 +71,8 @@ def build_data(config: DictConfig) -> FlowDataModule:
     return data
 
 
-def build_flow(config: DictConfig, event_shape: Iterable[int], context_features: int) -> Flow:
-    """Build the flow of a configuration for events of a shape.
+def build_flow(config: DictConfig, event_shape: Iterable[int], context_features: int) -> Flow | VariationalAutoencoder:
+    """Build the flow of a configuration for events of a shape, or the autoencoder.
 
     Args:
         config: The whole configuration.
@@ -93,9 +94,29 @@ def build_flow(config: DictConfig, event_shape: Iterable[int], context_features:
         "preprocess": [build_factory(node, f"preprocess.{name}") for name, node in _layers(config) if node],
         "normalisation": build_factory(config.normalisation, "normalisation") if config.normalisation else None,
     }
-    # A model gets what it has an argument for: one without a vector field has none for a solver.
-    wanted = inspect.signature(get_object(model["_target_"])).parameters
-    return build(model, "model", **{name: part for name, part in parts.items() if name in wanted})
+    parts["posterior"] = _posterior_factory(config, parts)
+    return build(model, "model", **_wanted(model, parts))
+
+
+def _posterior_factory(config: DictConfig, parts: dict[str, Any]) -> Callable[..., Any]:
+    """Return a function that builds the flow of a posterior, with a field of its own where it is continuous."""
+
+    def factory(**values: Any) -> Any:
+        if not config.get("posterior"):
+            raise ConfigError("Expected a posterior with model=vae, got none. Type posterior=cnf_gated.")
+        node = _without(config.posterior, "field")
+        given = {**parts, **values}
+        if "field" in config.posterior:
+            given["field"] = build_factory(config.posterior.field, "posterior.field")
+        return build(node, "posterior", **_wanted(node, given))
+
+    return factory
+
+
+def _wanted(node: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
+    """Return what a target has an argument for: one without a vector field has none for a solver."""
+    wanted = inspect.signature(get_object(node["_target_"])).parameters
+    return {name: part for name, part in parts.items() if name in wanted}
 
 
 def build_solvers(config: DictConfig) -> tuple[Any, Any]:
@@ -105,8 +126,10 @@ def build_solvers(config: DictConfig) -> tuple[Any, Any]:
     return build(training, "solver"), build(evaluation, "solver.evaluation")
 
 
-def fit_preprocess(flow: Flow, data: FlowDataModule) -> None:
+def fit_preprocess(flow: Flow | VariationalAutoencoder, data: FlowDataModule) -> None:
     """Fit the fixed layers of a fresh flow to the training split, each to what the ones before it make of it."""
+    if isinstance(flow, VariationalAutoencoder):
+        return
     fitted: list[Preprocess] = []
     for part in flow.modules():
         if isinstance(part, Preprocess):
@@ -116,9 +139,9 @@ def fit_preprocess(flow: Flow, data: FlowDataModule) -> None:
             part.fit(context for _, (_, context) in _training_rows(data) if context is not None)
 
 
-def build_module(config: DictConfig, flow: Flow, data: FlowDataModule) -> FlowModule:
+def build_module(config: DictConfig, flow: Flow | VariationalAutoencoder, data: FlowDataModule) -> FlowModule[Any]:
     """Build the LightningModule around a flow; its checkpoints can rebuild the flow alone."""
-    _check_levels(flow, data)
+    _check_levels(config, flow, data)
     regularisers = {name: build(node, f"regulariser.{name}") for name, node in _several(config, "regulariser")}
     rebuild = {
         "config": plain(config),
@@ -138,18 +161,20 @@ def build_module(config: DictConfig, flow: Flow, data: FlowDataModule) -> FlowMo
     )
 
 
-def _check_levels(flow: Flow, data: FlowDataModule) -> None:
-    """Refuse continuous data for a flow of pixels, and pixels of other levels."""
-    if flow.dequantiser is None:
+def _check_levels(config: DictConfig, flow: Flow | VariationalAutoencoder, data: FlowDataModule) -> None:
+    """Refuse continuous data for a model of pixels, and pixels of other levels."""
+    part = flow.likelihood if isinstance(flow, VariationalAutoencoder) else flow.dequantiser
+    if part is None:
         return
     levels = getattr(data, "levels", None)
     if levels is None:
         raise ConfigError(
-            f"Expected pixels for model=image, got {data.name}, whose values are continuous. Type model=density."
+            f"Expected pixels for model={config.model.name}, got {data.name}, whose values are continuous. "
+            "Type model=density."
         )
-    if levels != flow.dequantiser.levels:
+    if levels != part.levels:
         raise ConfigError(
-            f"Expected recipe.levels={levels}, the values of a pixel of {data.name}, got {flow.dequantiser.levels}. "
+            f"Expected recipe.levels={levels}, the values of a pixel of {data.name}, got {part.levels}. "
             f"Type recipe.levels={levels}."
         )
 

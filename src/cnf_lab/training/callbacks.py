@@ -15,12 +15,13 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
+from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.data import Batch, FlowDataModule
 from cnf_lab.errors import ConfigError, SolverError
 from cnf_lab.flows import Flow
 from cnf_lab.models import FlowModule
 from cnf_lab.ode import SolveStats
-from cnf_lab.training import pictures, plots
+from cnf_lab.training import autoencoder_pictures, pictures, plots
 from cnf_lab.training.curves import curves
 from cnf_lab.training.tracking import log_figure, log_film
 
@@ -287,7 +288,7 @@ class Plots(Callback):
         table = self.run_folder / "metrics.csv"
         if trainer.is_global_zero and table.is_file():
             metric = _monitor(pl_module).rpartition("/")[2]
-            unit = getattr(getattr(trainer, "datamodule", None), "unit", "nats")
+            unit = getattr(pl_module, "unit", "nats")
             self._save(trainer, "curves", "last", curves(table, metric, unit))
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -296,7 +297,9 @@ class Plots(Callback):
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str, tag: str) -> None:
         data, flow = getattr(trainer, "datamodule", None), getattr(pl_module, "flow", None)
-        if not (trainer.is_global_zero and isinstance(data, FlowDataModule) and isinstance(flow, Flow)):
+        if not trainer.is_global_zero or not isinstance(data, FlowDataModule):
+            return
+        if not isinstance(flow, Flow | VariationalAutoencoder):
             return
         self._drawn_at = trainer.global_step
         rows = data.head(split, self.samples)
@@ -308,8 +311,10 @@ class Plots(Callback):
             log.warning("Figures of epoch %d left out: %s", trainer.current_epoch, failure)
 
     def _figures(
-        self, flow: Flow, data: FlowDataModule, rows: Batch, generator: torch.Generator
+        self, flow: Flow | VariationalAutoencoder, data: FlowDataModule, rows: Batch, generator: torch.Generator
     ) -> "Iterator[tuple[str, matplotlib.figure.Figure]]":
+        if isinstance(flow, VariationalAutoencoder):
+            return autoencoder_pictures.figures(flow, rows.x, self.samples, generator)
         if flow.dequantiser is not None:
             return pictures.figures(flow, rows.x, flow.dequantiser.levels, self.samples, generator)
         given = (data.plot_window, data.truth, data.column_names, self.resolution, self.samples, generator)

@@ -30,7 +30,17 @@ from cnf_lab.errors import ConfigError, LabError
 log = logging.getLogger("cnf_lab")
 FULL_ERROR = "HYDRA_FULL_ERROR"
 #: What a checkpoint holds: other values would be ignored when a run is resumed, or not fit.
-FIXED_BY_A_RUN = ("seed", "recipe", "model", "architecture", "preprocess", "normalisation", "optimiser", "schedule")
+FIXED_BY_A_RUN = (
+    "seed",
+    "recipe",
+    "model",
+    "architecture",
+    "preprocess",
+    "normalisation",
+    "posterior",
+    "optimiser",
+    "schedule",
+)
 
 OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.-]+", "-", str(text))[:100], replace=True)
 

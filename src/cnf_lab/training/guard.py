@@ -15,12 +15,14 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
+from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.data import Batch
 from cnf_lab.errors import ConfigError, SolverError
 from cnf_lab.flows import ContinuousFlow, Flow, continuous_blocks
 from cnf_lab.ode import OdeSolver, RungeKuttaSolver
 
 log = logging.getLogger("cnf_lab")
+Solved = Flow | VariationalAutoencoder
 ACTIONS = ("tighten", "stop", "warn")
 TRIES = 6  # tenths of the tolerance, or doublings of the grid, of one intervention
 
@@ -30,7 +32,8 @@ class LikelihoodGuard(Callback):
 
     The gap is the mean over rows of log p by the training's solver, divergence estimate and
     precision, minus log p by a tight solve in full precision with the same probes: positive
-    where training overstates. It is logged as ``solver/likelihood_gap`` (nats per row).
+    where training overstates. It is logged as ``solver/likelihood_gap`` (nats per row). Of an
+    autoencoder it is that of the ELBO, with the same draws.
 
     Beyond the bound the run tightens its solver until the gap is within it: a tenth of the
     tolerances, or twice the steps, at a time, kept in the checkpoint. Where no solver helps, the
@@ -41,7 +44,7 @@ class LikelihoodGuard(Callback):
         every_n_steps: Optimiser steps between checks.
         rows: Rows of the training batch that are solved again.
         bound: Largest gap, in nats per row.
-        bound_per_dimension: The same in bits per dimension; the larger of the two holds.
+        bound_per_dimension: The same in bits per dimension of what is solved; the larger of the two holds.
         action: ``tighten``, ``stop`` or ``warn``.
         atol: Absolute local error bound of the tight solve.
         rtol: Relative local error bound of the tight solve.
@@ -114,10 +117,12 @@ class LikelihoodGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tightened = state_dict["tightened"]
 
-    def _bound(self, flow: Flow) -> float:
-        return max(self.bound, self.bound_per_dimension * math.prod(flow.event_shape) * math.log(2))
+    def _bound(self, flow: Solved) -> float:
+        # The first block of any flow has all dimensions.
+        dimensions = math.prod(continuous_blocks(flow)[0].field.event_shape)
+        return max(self.bound, self.bound_per_dimension * dimensions * math.log(2))
 
-    def _measure(self, trainer: pl.Trainer, flow: Flow, batch: Batch) -> float:
+    def _measure(self, trainer: pl.Trainer, flow: Solved, batch: Batch) -> float:
         x = batch.x[: self.rows]
         context = None if batch.context is None else batch.context[: self.rows]
         with trainer.precision_plugin.forward_context():
@@ -128,7 +133,7 @@ class LikelihoodGuard(Callback):
         mean = trainer.strategy.reduce(torch.tensor(gap, device=x.device), reduce_op="mean")
         return float(mean)
 
-    def _act(self, trainer: pl.Trainer, flow: Flow, batch: Batch, gap: float) -> None:
+    def _act(self, trainer: pl.Trainer, flow: Solved, batch: Batch, gap: float) -> None:
         blocks = continuous_blocks(flow)
         before = _solvers(blocks)
         what = (
@@ -159,13 +164,13 @@ class LikelihoodGuard(Callback):
 
 
 @torch.no_grad()
-def likelihood_gap(flow: Flow, x: Tensor, context: Tensor | None, tight: OdeSolver, seed: int) -> float:
+def likelihood_gap(flow: Solved, x: Tensor, context: Tensor | None, tight: OdeSolver, seed: int) -> float:
     """Return the mean of log p as training computes it minus log p of a tight solve, in nats per row.
 
     Normalisation layers stay as in evaluation, in both. The flow is left as it was.
 
     Args:
-        flow: The density.
+        flow: The density, or the autoencoder.
         x: Rows (batch, \\*event).
         context: Conditioning (batch, features) or None.
         tight: The tight solver.
@@ -181,13 +186,19 @@ def likelihood_gap(flow: Flow, x: Tensor, context: Tensor | None, tight: OdeSolv
                 solver = block.solver.eager() if training else tight
                 block.set_evaluation(solver, block.divergence, autocast=training)
             generator = torch.Generator(x.device).manual_seed(seed)
-            y = flow.dequantise(x, generator)[0]
-            values.append(flow.log_prob(y, context, generator).double())
+            values.append(_bound_of(flow, x, context, generator).double())
     return float((values[0] - values[1]).mean())
 
 
+def _bound_of(flow: Solved, x: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Return log p of each row, or a bound of it."""
+    if isinstance(flow, VariationalAutoencoder):
+        return flow.elbo(x, 1, generator)
+    return flow.log_prob(flow.dequantise(x, generator)[0], context, generator)
+
+
 @contextmanager
-def _evaluation_kept(flow: Flow) -> Iterator[None]:
+def _evaluation_kept(flow: Solved) -> Iterator[None]:
     kept = [(part, part.evaluation_solver, part.evaluation_divergence) for part in continuous_blocks(flow)]
     training = flow.training
     flow.eval()
@@ -199,9 +210,9 @@ def _evaluation_kept(flow: Flow) -> Iterator[None]:
             part.set_evaluation(solver, divergence)
 
 
-def _flow(pl_module: pl.LightningModule) -> Flow | None:
+def _flow(pl_module: pl.LightningModule) -> Solved | None:
     flow = getattr(pl_module, "flow", None)
-    return flow if isinstance(flow, Flow) and continuous_blocks(flow) else None
+    return flow if isinstance(flow, Flow | VariationalAutoencoder) and continuous_blocks(flow) else None
 
 
 def _solvers(blocks: list[ContinuousFlow]) -> list[OdeSolver]:

@@ -61,10 +61,10 @@ def log_likelihoods(
     values: list[list[Tensor]] = [[] for _ in range(draws)]
     errors: list[list[Tensor]] = [[] for _ in range(draws)]
     nfe = 0
-    for start, batch in _batches(rows, batch_size, limit):
+    for start, batch in batches(rows, batch_size, limit):
         context = None if batch.context is None else batch.context.to(anchor.device)
         for draw in range(draws):
-            generator = torch.Generator(anchor.device).manual_seed(_mixed(seed, draw, start))
+            generator = torch.Generator(anchor.device).manual_seed(mixed(seed, draw, start))
             x, log_q = flow.dequantise(batch.x.to(anchor.device), generator)
             mapped = flow.pull_back(x, context, generator)
             log_prob = flow.base.log_prob(mapped.value) + mapped.log_det - log_q
@@ -79,13 +79,13 @@ def log_likelihoods(
 def nll_numbers(likelihoods: Likelihoods) -> dict[str, float]:
     """Return the mean NLL in nats per row, and its standard errors over rows, draws and probes."""
     nll = -likelihoods.log_prob
-    mean, error = _mean_with_error(nll.mean(dim=0))
+    mean, error = mean_with_error(nll.mean(dim=0))
     numbers = {"nll": mean, "nll_standard_error": error}
     if len(nll) > 1:
-        numbers["nll_dequantisation_standard_error"] = _error_of_mean(nll.std(dim=0) / math.sqrt(len(nll)))
+        numbers["nll_dequantisation_standard_error"] = error_of_mean(nll.std(dim=0) / math.sqrt(len(nll)))
     if likelihoods.trace_error is not None:
         spread = likelihoods.trace_error.square().sum(dim=0).sqrt() / len(nll)
-        numbers["nll_trace_standard_error"] = _error_of_mean(spread)
+        numbers["nll_trace_standard_error"] = error_of_mean(spread)
     return numbers
 
 
@@ -105,7 +105,7 @@ def image_numbers(likelihoods: Likelihoods, uniform: Likelihoods, dimensions: in
     if len(likelihoods.log_prob) > 1:
         bounds["importance_weighted"] = likelihoods.importance_weighted()
     for name, log_prob in bounds.items():
-        numbers[f"nll_{name}"], numbers[f"nll_{name}_standard_error"] = _mean_with_error(-log_prob)
+        numbers[f"nll_{name}"], numbers[f"nll_{name}_standard_error"] = mean_with_error(-log_prob)
     in_bits = {name.replace("nll", "bits_per_dim"): _bits(value, dimensions) for name, value in numbers.items()}
     return in_bits | numbers
 
@@ -142,14 +142,16 @@ def uniformly(flow: Flow) -> Dequantiser:
     return UniformDequantiser(flow.event_shape, flow.dequantiser.levels).to(flow.base.sample(0))
 
 
-def _mean_with_error(values: Tensor) -> tuple[float, float]:
+def mean_with_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean of values (rows,) and its standard error."""
     metric = MeanWithError()
     metric.update(values)
     mean, error = metric.compute()
     return float(mean), float(error)
 
 
-def _error_of_mean(errors: Tensor) -> float:
+def error_of_mean(errors: Tensor) -> float:
+    """Return the standard error of a mean of rows with errors of their own (rows,)."""
     metric = ErrorOfMean()
     metric.update(errors)
     return float(metric.compute())
@@ -159,11 +161,13 @@ def _bits(nats: float, dimensions: int) -> float:
     return float(bits_per_dim(torch.tensor(nats, dtype=torch.float64), dimensions))
 
 
-def _mixed(*words: int) -> int:
+def mixed(*words: int) -> int:
+    """Return a seed that depends on all of some numbers."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _batches(rows: Rows, batch_size: int, limit: int | None) -> Iterator[tuple[int, Batch]]:
+def batches(rows: Rows, batch_size: int, limit: int | None) -> Iterator[tuple[int, Batch]]:
+    """Yield batches of the first rows, each with the number of its first row; with a progress bar."""
     count = min(len(rows), limit or len(rows))
     # disable=None: a bar on a terminal, nothing in a file.
     for start in tqdm(range(0, count, batch_size), unit="batch", disable=None):

@@ -5,7 +5,7 @@ gradients, and random numbers come from the generator that is handed in: trainin
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,7 +129,7 @@ def sample_grid(
     """
     columns = math.ceil(math.sqrt(n))
     panes = {"data": rows[:n], "samples": draw(flow, n, generator)}
-    return _figure({title: tile(shown(images, levels), columns) for title, images in panes.items()})
+    return figure_of({title: tile(shown(images, levels), columns) for title, images in panes.items()})
 
 
 def reconstructions(flow: Flow, rows: Tensor, levels: int, n: int = 8) -> "matplotlib.figure.Figure":
@@ -138,7 +138,7 @@ def reconstructions(flow: Flow, rows: Tensor, levels: int, n: int = 8) -> "matpl
     back = decode(flow, encode(flow, rows[:n]))
     error = float((back - images - 0.5).abs().max())
     grid = tile(shown(torch.cat([images, back]), levels), len(images))
-    return _figure({f"data, and back from latent; largest error {error:.1e} of a level": grid})
+    return figure_of({f"data, and back from latent; largest error {error:.1e} of a level": grid})
 
 
 def strip(
@@ -146,7 +146,7 @@ def strip(
 ) -> "matplotlib.figure.Figure":
     """Draw samples on their way from noise, at the left, to picture."""
     states = torch.stack(way(flow, flow.base.sample(n, generator), points), dim=1)  # (n, points, *event)
-    return _figure({"from noise to picture": tile(shown(states.flatten(0, 1), levels), points)})
+    return figure_of({"from noise to picture": tile(shown(states.flatten(0, 1), levels), points)})
 
 
 def interpolations(flow: Flow, rows: Tensor, levels: int, n: int = 5, steps: int = 9) -> "matplotlib.figure.Figure":
@@ -155,7 +155,7 @@ def interpolations(flow: Flow, rows: Tensor, levels: int, n: int = 5, steps: int
     first, second = encode(flow, rows[: 2 * pairs]).unflatten(0, (pairs, 2)).unbind(1)
     between = torch.stack([spherical(first, second, share) for share in np.linspace(0, 1, steps)], dim=1)
     images = decode(flow, between.flatten(0, 1))
-    return _figure({"between two images, in latent space": tile(shown(images, levels), steps)})
+    return figure_of({"between two images, in latent space": tile(shown(images, levels), steps)})
 
 
 def spherical(first: Tensor, second: Tensor, share: float) -> Tensor:
@@ -179,7 +179,7 @@ def temperatures(
     z = flow.base.sample(n, generator)
     images = decode(flow, torch.cat([value * z for value in values]))
     title = f"the same latents at temperatures {', '.join(f'{value:g}' for value in values)}"
-    return _figure({title: tile(shown(images, levels), n)})
+    return figure_of({title: tile(shown(images, levels), n)})
 
 
 def figures(
@@ -209,6 +209,20 @@ def figures(
     }
     if len(rows) < 2:
         del drawings["interpolations"]
+    yield from each(drawings)
+
+
+def each(
+    drawings: Mapping[str, "Callable[[], matplotlib.figure.Figure]"],
+) -> Iterator[tuple[str, "matplotlib.figure.Figure"]]:
+    """Yield figures by name, drawn when they are asked for; a solve that fails costs its own figure.
+
+    Args:
+        drawings: What draws each.
+
+    Raises:
+        SolverError: If a solve failed; the first of them, after the other figures.
+    """
     failures = []
     for name, drawing in drawings.items():
         try:
@@ -244,7 +258,7 @@ def write_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.1, ho
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
 
 
-def _figure(grids: dict[str, np.ndarray]) -> "matplotlib.figure.Figure":
+def figure_of(grids: dict[str, np.ndarray]) -> "matplotlib.figure.Figure":
     """Make a figure of grids side by side, each under its title, where every pixel of theirs has one size."""
     large = {title: enlarged(grid) for title, grid in grids.items()}
     width = 2 * MARGIN - GAP + sum(grid.shape[1] + GAP for grid in large.values())

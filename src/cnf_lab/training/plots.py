@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf_lab.flows import FiniteTransform, Flow
 from cnf_lab.training import panels
@@ -34,7 +34,7 @@ LINES = 200  # trajectories drawn as lines
 
 
 @contextmanager
-def evaluating(flow: Flow) -> Iterator[None]:
+def evaluating(flow: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module is as it was."""
     training = [module for module in flow.modules() if module.training]
     flow.eval()

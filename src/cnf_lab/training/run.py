@@ -15,6 +15,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.errors import ConfigError, DataError
 from cnf_lab.flows import Flow
 from cnf_lab.ode import ADAPTIVE, RungeKuttaSolver
@@ -144,14 +145,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def restore_flow(path: str | Path) -> tuple[Flow, dict[str, Any]]:
-    """Rebuild a flow from its checkpoint alone.
+def restore_flow(path: str | Path) -> tuple[Flow | VariationalAutoencoder, dict[str, Any]]:
+    """Rebuild a flow, or an autoencoder, from its checkpoint alone.
 
     Args:
         path: A run folder or a checkpoint file.
 
     Returns:
-        The flow in evaluation mode, its parameters frozen, and the plain values it was rebuilt from.
+        The model in evaluation mode, its parameters frozen, and the plain values it was rebuilt from.
     """
     checkpoint = load_checkpoint(path)
     rebuild = checkpoint["hyper_parameters"]

@@ -9,6 +9,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 COLUMNS = (
+    "val/negative_elbo",
+    "test/negative_elbo",
+    "test/negative_elbo_standard_error",
+    "test/reconstruction",
+    "test/kl",
     "val/bits_per_dim",
     "test/bits_per_dim",
     "test/bits_per_dim_standard_error",

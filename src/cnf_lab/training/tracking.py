@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MODES = ("offline", "online", "disabled")
 #: Metrics whose best value, not the last, belongs into wandb's summary.
-BEST = {"val/nll": "min", "val/bits_per_dim": "min", "val/elbo": "max"}
+BEST = {"val/nll": "min", "val/bits_per_dim": "min", "val/negative_elbo": "min", "val/elbo": "max"}
 
 
 class _ContinuedWriter(ExperimentWriter):

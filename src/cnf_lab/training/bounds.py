@@ -1,0 +1,208 @@
+r"""Bounds of the log-likelihood by an autoencoder: the ELBO, and the importance-weighted bound.
+
+.. math:: \log p(x) \ge E\left[\log \frac1K \sum_k w_k\right], \qquad
+          w_k = \frac{p(x, z_k)}{q(z_k \mid x)}, \quad z_k \sim q(\cdot \mid x),
+
+which is the ELBO with K = 1 and tightens with K (Burda et al. 2016, https://arxiv.org/abs/1509.00519).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cnf_lab.autoencoders import VariationalAutoencoder
+from cnf_lab.data import Rows
+from cnf_lab.metrics import bits_per_dim
+from cnf_lab.ode import OdeSolver, SolveStats
+from cnf_lab.trace import DivergenceEstimator
+from cnf_lab.training.likelihoods import batches, error_of_mean, mean_with_error, mixed
+
+ACTIVE = 0.01  # variance of a latent's posterior mean over images beyond which it is active (Burda et al.)
+
+
+@dataclass(frozen=True)
+class Elbos:
+    r"""ELBOs of images, drawn K times.
+
+    Attributes:
+        log_weight: log p(x, z) - log q(z \| x) in nats (K, images), float64; its mean is the ELBO.
+        reconstruction: -log p(x \| z) (K, images).
+        latent_mean: Mean of the draws of each latent (images, D).
+        latent_variance: Variance of the draws of each latent (images, D); NaN with one draw.
+        trace_error: Standard errors of the log-weights over probes (K, images); None where divergences are exact.
+        nfe: Evaluations of all solves.
+    """
+
+    log_weight: Tensor
+    reconstruction: Tensor
+    latent_mean: Tensor
+    latent_variance: Tensor
+    trace_error: Tensor | None
+    nfe: int
+
+
+@torch.no_grad()
+def elbos(
+    model: VariationalAutoencoder, rows: Rows, batch_size: int, limit: int | None, draws: int, seed: int
+) -> Elbos:
+    """Return the ELBOs of images by a model in evaluation mode.
+
+    Random numbers of a batch come from (seed, draw, first image): more draws leave the first ones as
+    they were, and another solver or precision meets the same draws and probes.
+
+    Args:
+        model: The autoencoder.
+        rows: The images.
+        batch_size: Images per solve.
+        limit: Only the first images; None for all.
+        draws: Draws K of the posterior.
+        seed: Seed of draws and probes.
+    """
+    anchor = model.prior.sample(0)
+    weights, parts, latents, errors, nfe = [], [], [], [], 0
+    for start, batch in batches(rows, batch_size, limit):
+        found = [model.terms(batch.x.to(anchor), 1, _generator(anchor, seed, draw, start)) for draw in range(draws)]
+        weights.append(torch.cat([one.log_weight for one in found]).double().cpu())
+        parts.append(-torch.cat([one.log_likelihood for one in found]).double().cpu())
+        latents.append(torch.cat([one.latent for one in found]).double().cpu())
+        exact = [one.log_det_error for one in found if one.log_det_error is not None]
+        errors += [torch.cat(exact).double().cpu()] if exact else []
+        nfe += SolveStats.total([solve for one in found for solve in one.solves]).nfe_forward
+    drawn = torch.cat(latents, dim=1)
+    variance = drawn.var(dim=0) if draws > 1 else torch.full_like(drawn[0], torch.nan)
+    spread = torch.cat(errors, dim=1) if errors else None
+    return Elbos(torch.cat(weights, dim=1), torch.cat(parts, dim=1), drawn.mean(dim=0), variance, spread, nfe)
+
+
+@dataclass(frozen=True)
+class ImportanceWeighted:
+    r"""Importance-weighted bounds of images.
+
+    Attributes:
+        bound: :math:`\log \tfrac1K \sum_k w_k` in nats (images,), float64.
+        sample_size: Effective number of draws, :math:`(\sum_k w_k)^2 / \sum_k w_k^2` of K (images,).
+    """
+
+    bound: Tensor
+    sample_size: Tensor
+
+
+@torch.no_grad()
+def importance_weighted(
+    model: VariationalAutoencoder, rows: Rows, draws: int, pass_rows: int, limit: int | None, seed: int
+) -> ImportanceWeighted:
+    """Return importance-weighted bounds with K draws, in passes of a size that fits the memory.
+
+    Args:
+        model: The autoencoder, in evaluation mode.
+        rows: The images.
+        draws: K.
+        pass_rows: Latents that are drawn and decoded at once.
+        limit: Only the first images; None for all.
+        seed: Seed of the draws.
+    """
+    anchor = model.prior.sample(0)
+    together = max(1, pass_rows // draws)  # images in a pass, where all draws of some fit
+    per_pass = min(draws, pass_rows)
+    bounds, sizes = [], []
+    for start, batch in batches(rows, together, limit):
+        x = batch.x.to(anchor)
+        first = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+        second = first.clone()
+        for done in range(0, draws, per_pass):
+            # Another word than those of the ELBO's draws: the two are independent.
+            generator = _generator(anchor, seed, 1, start, done)
+            log_weight = model.terms(x, min(per_pass, draws - done), generator).log_weight.double()
+            first = torch.logaddexp(first, log_weight.logsumexp(dim=0))
+            second = torch.logaddexp(second, (2 * log_weight).logsumexp(dim=0))
+        bounds.append((first - math.log(draws)).cpu())
+        sizes.append((2 * first - second).exp().cpu())
+    return ImportanceWeighted(torch.cat(bounds), torch.cat(sizes))
+
+
+def elbo_numbers(found: Elbos, model: VariationalAutoencoder) -> dict[str, float]:
+    """Return the mean negative ELBO with its standard errors over images, draws and probes, and its parts.
+
+    With several draws there are ``active_units``, the latents whose posterior mean differs between
+    images: its variance, less what the finite number of draws adds, is above 0.01.
+
+    Args:
+        found: The ELBOs.
+        model: The autoencoder.
+    """
+    negative = -found.log_weight
+    draws = len(negative)
+    mean, error = mean_with_error(negative.mean(dim=0))
+    numbers = {"negative_elbo": mean, "elbo": -mean, "negative_elbo_standard_error": error}
+    reconstruction = float(found.reconstruction.mean())
+    numbers |= {"reconstruction": reconstruction, "kl": mean - reconstruction}
+    if draws > 1:
+        numbers["negative_elbo_draws_standard_error"] = error_of_mean(negative.std(dim=0) / math.sqrt(draws))
+        between = found.latent_mean.var(dim=0) - found.latent_variance.mean(dim=0) / draws
+        numbers["active_units"] = float((between > ACTIVE).sum())
+    if found.trace_error is not None:
+        spread = found.trace_error.square().sum(dim=0).sqrt() / draws
+        numbers["negative_elbo_trace_standard_error"] = error_of_mean(spread)
+    return numbers | _in_bits(numbers, model, "negative_elbo", "bits_per_dim")
+
+
+def importance_numbers(found: ImportanceWeighted, model: VariationalAutoencoder) -> dict[str, float]:
+    """Return the mean of minus the bound with its standard error, and the effective sample sizes.
+
+    Args:
+        found: The bounds.
+        model: The autoencoder.
+    """
+    mean, error = mean_with_error(-found.bound)
+    numbers = {"negative_iwae_bound": mean, "negative_iwae_bound_standard_error": error}
+    numbers |= _in_bits(numbers, model, "negative_iwae_bound", "bits_per_dim_iwae")
+    median, least = float(found.sample_size.median()), float(found.sample_size.min())
+    return numbers | {"effective_sample_size_median": median, "effective_sample_size_least": least}
+
+
+def elbo_gap(
+    model: VariationalAutoencoder,
+    rows: Rows,
+    count: int,
+    tight: OdeSolver,
+    divergence: DivergenceEstimator,
+    seed: int,
+) -> dict[str, float]:
+    """Solve the first images again at a tighter tolerance in float64, with the same draws and probes.
+
+    Args:
+        model: The autoencoder, in evaluation mode; it is float64 and solved tightly from then on.
+        rows: The images.
+        count: Number of images.
+        tight: The tighter solver.
+        divergence: The divergence estimator.
+        seed: Seed of draws and probes.
+
+    Returns:
+        The mean and the largest change of an image's negative ELBO in nats, tight minus usual.
+    """
+    usual = elbos(model, rows, count, count, 1, seed).log_weight
+    model.double().set_evaluation(tight, divergence)
+    change = usual - elbos(model, rows, count, count, 1, seed).log_weight
+    return {
+        "negative_elbo_solver_gap": float(change.mean()),
+        "negative_elbo_largest_solver_gap": float(change.abs().max()),
+    }
+
+
+def _in_bits(numbers: dict[str, float], model: VariationalAutoencoder, name: str, called: str) -> dict[str, float]:
+    """Return the numbers that begin with a name in bits/dim, where pixels have more than two values."""
+    if model.likelihood.levels == 2:
+        return {}
+    dimensions = math.prod(model.event_shape)
+    return {
+        key.replace(name, called): float(bits_per_dim(torch.tensor(value, dtype=torch.float64), dimensions))
+        for key, value in numbers.items()
+        if key.startswith(name)
+    }
+
+
+def _generator(anchor: Tensor, *words: int) -> torch.Generator:
+    return torch.Generator(anchor.device).manual_seed(mixed(*words))
