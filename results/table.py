@@ -10,21 +10,27 @@ run: it holds the command, machine, versions, commit, seed, solver and tolerance
 Times are wall-clock seconds of training on shared machines: compare them within a row's file, not between days.
 Commands find the data below `$CNF_LAB_DATA`. At equal times, with baselines and a Gaussian: [COMPARE.md](COMPARE.md).
 
-| run | command | test NLL, or bits/dim | solver of the number | seconds of training | what to know |
+| run | command | test NLL, bits/dim, or negative ELBO | solver of the number | seconds of training | what to know |
 |---|---|---|---|---|---|
 """
+#: What a run reports, the first that it has; bits/dim of an autoencoder come beside its negative ELBO.
+QUANTITIES = ("negative_elbo", "bits_per_dim", "nll")
 
 
 def row(path: Path) -> str:
     """Return the table row of one file."""
     report = json.loads(path.read_text())
     context = report["context"]
-    quantity = "bits_per_dim" if context["unit"] == "bits/dim" else "nll"
+    quantity = next(name for name in QUANTITIES if f"test/{name}_standard_error" in report)
     value, error = report[f"test/{quantity}"], report[f"test/{quantity}_standard_error"]
     probes = report.get(f"test/{quantity}_trace_standard_error")
     divergence = "exact divergence" if probes is None else f"probes leave ± {probes:.4f}"
     solver = context["solver"]
-    tolerance = f"{solver['method']}, atol {solver['atol']:g}, rtol {solver['rtol']:g}, {divergence}"
+    tolerance = (
+        "closed form"
+        if solver is None
+        else f"{solver['method']}, atol {solver['atol']:g}, rtol {solver['rtol']:g}, {divergence}"
+    )
     notes = list(context["data"]["notes"])
     if context["data"]["entropy"] is not None:
         notes.append(f"the true density has {context['data']['entropy']:.4f}")
@@ -55,7 +61,7 @@ def draw_curves(path: Path, reports: dict[str, dict]) -> None:
 def main() -> None:
     """Write the table and the picture."""
     folder = Path(__file__).parent
-    others = ("bench_", "compare_")  # see benchmarks/
+    others = ("bench_", "compare_", "posteriors_")  # see benchmarks/
     paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(others)]
     rows = [f"| {row(path)} |" for path in paths]
     curved = {path.stem: report for path in paths if "curve" in (report := json.loads(path.read_text()))}

@@ -54,6 +54,7 @@ NUMBERS = (
     ("probes", int, 1, "4", False),
     ("check", int, 0, "20", False),
     ("iwae_draws", int, 0, "5000", False),
+    ("iwae_limit", int, 1, "100", True),
     ("seed", int, 0, "0", False),
 )
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
@@ -115,6 +116,7 @@ def evaluate(config: DictConfig) -> float:
         "rows": found.per_row.shape[1],
         "draws": found.draws,
         "iwae_draws": config.iwae_draws or None,
+        "iwae_limit": config.iwae_limit,
         "unit": found.unit,
         "notes": notes,
         "solver": solver.describe() if solved else None,
@@ -179,7 +181,8 @@ def autoencoder_findings(
     found = elbos(model, rows, config.batch_size, config.limit, config.draws, config.seed)
     numbers = elbo_numbers(found, model)
     if config.iwae_draws:
-        weighted = importance_weighted(model, rows, config.iwae_draws, config.batch_size, config.limit, config.seed)
+        limit = min(config.iwae_limit or len(rows), config.limit or len(rows))
+        weighted = importance_weighted(model, rows, config.iwae_draws, config.batch_size, limit, config.seed)
         numbers |= importance_numbers(weighted, model)
     if config.check and continuous_blocks(model):
         numbers |= elbo_gap(model, rows, config.check, tight, divergence, config.seed)

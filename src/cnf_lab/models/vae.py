@@ -11,7 +11,7 @@ from cnf_lab.data import Batch
 from cnf_lab.errors import ConfigError
 from cnf_lab.metrics import ErrorOfMean, MeanWithError, bits_per_dim
 from cnf_lab.models.base import FlowModule
-from cnf_lab.objectives import LossTerms
+from cnf_lab.objectives import Elbo, LossTerms
 from cnf_lab.ode import SolveStats
 
 
@@ -65,8 +65,9 @@ class VaeModule(FlowModule[VariationalAutoencoder]):
         """Log the parts of a training loss, the ELBO in bits/dim too."""
         value = result.terms["negative_elbo"].detach().mean()
         self._log_in_bits("train", "", value, len(result.terms["negative_elbo"]))
-        beta = getattr(self.stage.objective, "beta", 1.0)
-        self.log("train/beta", beta, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        if isinstance(self.stage.objective, Elbo):
+            beta = self.stage.objective.beta
+            self.log("train/beta", beta, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         return super().log_terms(result)
 
     def _evaluate(self, stage: str, bound: MeanWithError, probes: ErrorOfMean, batch: Batch, step: int) -> None:
