@@ -28,7 +28,7 @@ ComposeConfig = Callable[..., DictConfig]
 CONF = config_folder()
 TABULAR = ("power", "gas", "hepmass", "miniboone", "bsds300")
 IMAGES = ("mnist", "fashion_mnist", "cifar10", "svhn", "digits", "image_folder", "images")
-VAE = ("binary_mnist", "omniglot", "freyfaces", "caltech101", "mnist_vae", "vae")
+VAE = ("binary_mnist", "omniglot", "freyfaces", "caltech101", "mnist_vae", "vae", "posteriors")
 IMAGE_FIELDS = ("conv", "conv_encoder_decoder", "parallel_multiscale", "unet", "flattened")
 #: Arguments that the lab gives besides those of the yaml.
 GIVEN = {
