@@ -185,13 +185,14 @@ def agreement(setting: Setting, case: Case) -> Callable[[], None]:
     def check() -> None:
         exact = (True,) if len(case.event_shape) == 1 else ()
         for exactly in (*exact, False):
-            x = case.x(setting.device, min(8, case.rows[setting.device]))
+            rows = min(8, case.rows[setting.device])
+            x, context = case.x(setting.device, rows), case.context(setting.device, rows)
             estimator = Exact() if exactly else hutchinson()
             flow = Ours(case, setting.device, estimator, RungeKuttaSolver(**solver)).flow
             generator = torch.Generator(x.device)
             probe = case.probe(x, generator.manual_seed(SEED))
             with torch.no_grad():
-                mapped = flow.pull_back(x, None, generator.manual_seed(SEED))
+                mapped = flow.pull_back(x, context, generator.manual_seed(SEED))
                 found = case.baseline(setting.device, **solver).pull_back(x, None if exactly else probe)
             mine = (case.latents(mapped.value), mapped.log_det)
             for what, one, other in zip(("latent", "log-det"), mine, found, strict=True):
@@ -278,6 +279,23 @@ def step_multiscale(setting: Setting) -> Figure:
     ]
     title = "training step, rk4 with 1 step in each block, float32"
     return training(setting, case, title, contenders, "Hutchinson", most_repeats=3)
+
+
+def step_posterior(setting: Setting) -> Figure:
+    """A training step of the published posterior of MNIST's autoencoder, and of ours."""
+    case, solver = setting.case("MNIST, posterior"), grid(1)
+    gated = RungeKuttaSolver(**solver, atol=TOLERANCE, rtol=TOLERANCE)
+    contenders = [
+        baseline(setting, case, **solver),
+        *ours(setting, case, hutchinson(), solver, ("direct", "checkpoint"), setting.modes[:1]),
+        *renamed("bfloat16 field", ours(setting, case, hutchinson(), solver, low_precision=torch.bfloat16)),
+        Contender("gates, exact, direct, eager", lambda: Ours(case, setting.device, Exact(), gated, gated=True)),
+    ]
+    title = "training step, rk4 with 1 step in each block, float32"
+    note = (
+        "Gates are our posterior: another field of the same widths, with 4,160 values per row and block, not 272,448."
+    )
+    return training(setting, case, title, contenders, "Hutchinson", note, most_repeats=3)
 
 
 def training(
@@ -459,7 +477,8 @@ FIGURES: dict[str, Callable[[Setting], Figure]] = {
     made.__name__: made
     for made in (
         step_rk4, step_dopri5, step_bf16, log_prob_43, log_prob_63, log_prob_63_deep, overhead_forward,
-        overhead_training, step_power, memory, step_conv, step_multiscale, gradients, zuko, zuko_exact, torchdyn,
+        overhead_training, step_power, memory, step_conv, step_multiscale,
+        step_posterior, gradients, zuko, zuko_exact, torchdyn,
     )
 }  # fmt: skip
 

@@ -6,11 +6,32 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from baseline import Baseline, ConcatConv2d, ConcatSquashLinear, MultiscaleBaseline, Network
-from torch import Tensor
+from baseline import (
+    AmortisedBaseline,
+    Baseline,
+    ConcatConv2d,
+    ConcatSquashLinear,
+    LowRankNetwork,
+    MultiscaleBaseline,
+    Network,
+)
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cnf_lab.fields import Activation, ConcatConv, ConcatSquash, ConvField, Mlp, Softplus, Tanh, VectorField
+from cnf_lab.fields import (
+    Activation,
+    Amortised,
+    AmortisedGates,
+    AmortisedLowRank,
+    Concat,
+    ConcatConv,
+    ConcatSquash,
+    ConvField,
+    Mlp,
+    Softplus,
+    Tanh,
+    VectorField,
+)
 from cnf_lab.flows import Chain, ContinuousFlow, Flow, StandardNormal, Transform, View, Viewed, factored_out
 from cnf_lab.flows.multiscale import views
 from cnf_lab.ode import OdeSolver, SolveStats
@@ -89,10 +110,14 @@ class Case:
         blocks = [(view, ContinuousFlow(self.field(device, view), solver, estimator)) for view in self.views]
         return Chain([Viewed(block, view) for view, block in blocks]) if self.scales else blocks[0][1]
 
-    def baseline(self, device: str, **options: Any) -> Baseline | MultiscaleBaseline:
+    def baseline(self, device: str, **options: Any) -> Baseline | MultiscaleBaseline | AmortisedBaseline:
         """Return the baseline's block, or its blocks."""
         blocks = [Baseline(self.network(device, view), **options) for view in self.views]
         return MultiscaleBaseline(blocks, self.scales, BLOCKS) if self.scales else blocks[0]
+
+    def context(self, device: str, rows: int) -> Tensor | None:
+        """Return what rows are conditioned on: nothing."""
+        return None
 
     def probe(self, x: Tensor, generator: torch.Generator) -> Any:
         """Return the probe that cnf_lab draws, or those of all blocks."""
@@ -109,6 +134,74 @@ class Case:
         """Return normal rows under the fixed seed."""
         generator = torch.Generator().manual_seed(SEED)
         return torch.randn(rows or self.rows[device], *self.event_shape, generator=generator).to(device)
+
+
+@dataclass(frozen=True)
+class PosteriorCase(Case):
+    """The flow of an autoencoder's posterior with its amortisers, without encoder and decoder.
+
+    Args:
+        features: Size of the encoder's features.
+        rank: Rank of the products that each row adds to the weights.
+        blocks: Number of blocks.
+        end_time: End time T of a block.
+    """
+
+    features: int = 256
+    rank: int = 64
+    blocks: int = 2
+    end_time: float = 0.5
+
+    def field(self, device: str, view: View = View()) -> Amortised:  # noqa: B008
+        """Return the published field of a block with its default initialisation under the fixed seed."""
+        torch.manual_seed(SEED)
+        return AmortisedLowRank(self.event_shape, self.hidden, Concat, self.activation, self.rank).to(device)
+
+    def gates(self, device: str) -> Amortised:
+        """Return our field, with gates and shifts in the place of low-rank products."""
+        torch.manual_seed(SEED)
+        return AmortisedGates(self.event_shape, self.hidden, ConcatSquash, Tanh).to(device)
+
+    def amortiser(self, device: str, field: Amortised) -> nn.Linear:
+        """Return the map from features to the values of a field, under the fixed seed."""
+        torch.manual_seed(SEED)
+        return nn.Linear(self.features, field.amortised_features).to(device)
+
+    def context(self, device: str, rows: int) -> Tensor:
+        """Return normal features under the fixed seed, as large as an encoder's."""
+        generator = torch.Generator().manual_seed(SEED + 1)
+        drawn = torch.randn(max(rows, self.rows[device]), self.features, generator=generator)
+        return 0.1 * drawn[:rows].to(device)  # the same rows, however many
+
+    def transform(
+        self, device: str, solver: OdeSolver, estimator: DivergenceEstimator, gated: bool = False
+    ) -> Transform:
+        """Return cnf_lab's blocks."""
+        fields = [self.gates(device) if gated else self.field(device) for _ in range(self.blocks)]
+        options: dict[str, Any] = {"end_time": self.end_time}
+        return Chain(
+            [
+                ContinuousFlow(field, solver, estimator, amortiser=self.amortiser(device, field), **options)
+                for field in fields
+            ]
+        )
+
+    def baseline(self, device: str, **options: Any) -> AmortisedBaseline:
+        """Return the baseline's blocks."""
+        dimension, weights = self.event_shape[0], self.field("cpu").state_dict()
+        networks = []
+        for _ in range(self.blocks):
+            sizes = [dimension, *self.hidden, dimension]
+            network = LowRankNetwork(sizes, ACTIVATIONS[self.activation], self.rank)
+            network.load_state_dict({name.removeprefix("stack."): value for name, value in weights.items()})
+            networks.append(network.to(device))
+        blocks = [Baseline(network, end_time=self.end_time, **options) for network in networks]
+        amortisers = [self.amortiser(device, self.field(device)) for _ in range(self.blocks)]
+        return AmortisedBaseline(blocks, amortisers, self.context(device, self.rows[device]))
+
+    def probe(self, x: Tensor, generator: torch.Generator) -> Any:
+        """Return the probes that cnf_lab draws, one for each block."""
+        return [Rademacher()(tuple(x.shape), x, generator) for _ in range(self.blocks)]
 
 
 CASES = {
@@ -149,6 +242,14 @@ CASES = {
             {"cpu": 16, "cuda": 200},
             scales=3,
         ),
+        PosteriorCase(
+            "MNIST, posterior",
+            "the two published blocks, rank 64, with their amortisers; encoder and decoder left out",
+            (64,),
+            (1024, 1024),
+            Softplus,
+            {"cpu": 100, "cuda": 100},
+        ),
     )
 }
 
@@ -164,6 +265,7 @@ class Ours:
         low_precision: Precision of the field under autocast; None for float32.
         train: Whether it is a training step; otherwise log p(x) without a gradient.
         rows: Number of rows; None for the case's.
+        **options: Of the case's transform.
     """
 
     def __init__(
@@ -175,10 +277,13 @@ class Ours:
         low_precision: torch.dtype | None = None,
         train: bool = True,
         rows: int | None = None,
+        **options: Any,
     ) -> None:
-        transform = case.transform(device, solver, estimator)
-        self.flow = Flow(transform, StandardNormal(case.event_shape)).to(device).train(train)
+        transform = case.transform(device, solver, estimator, **options)
         self.x, self.low_precision, self.is_training = case.x(device, rows), low_precision, train
+        self.context = case.context(device, len(self.x))
+        features = 0 if self.context is None else self.context.shape[1]
+        self.flow = Flow(transform, StandardNormal(case.event_shape), features).to(device).train(train)
 
     def __call__(self) -> Run:
         """Run once; every run draws the same probe."""
@@ -187,7 +292,7 @@ class Ours:
         autocast = nullcontext() if low is None else torch.autocast(self.x.device.type, low)
         with torch.set_grad_enabled(self.is_training):
             with autocast:
-                mapped = self.flow.pull_back(self.x, None, generator)
+                mapped = self.flow.pull_back(self.x, self.context, generator)
             loss = -(self.flow.base.log_prob(mapped.value) + mapped.log_det).mean()
         if self.is_training:
             loss.backward()
@@ -211,7 +316,7 @@ class Theirs:
     def __init__(
         self,
         case: Case,
-        baseline: Baseline | MultiscaleBaseline,
+        baseline: Baseline | MultiscaleBaseline | AmortisedBaseline,
         device: str,
         exact: bool = False,
         train: bool = True,

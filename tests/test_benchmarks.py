@@ -106,6 +106,26 @@ def test_the_multiscale_flow_agrees_with_the_baseline_and_so_do_its_gradients():
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_posterior_agrees_with_the_baseline_and_so_do_its_gradients(exact):
+    case, grid = SETTING.case("MNIST, posterior"), {"method": "rk4", "steps": 2}
+    ours = cases.Ours(case, "cpu", Exact() if exact else Hutchinson(Rademacher()), RungeKuttaSolver(**grid))
+    theirs = case.baseline("cpu", adjoint=False, **grid)
+    flow, x, context = ours.flow.double(), ours.x.double(), ours.context.double()
+    theirs.network.double()
+    theirs.features = context
+    probes = None if exact else case.probe(x, torch.Generator().manual_seed(0))
+    mapped = flow.pull_back(x, context, torch.Generator().manual_seed(0))
+    z, log_det = theirs.pull_back(x, probes)
+    torch.testing.assert_close(mapped.value, z, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(mapped.log_det, log_det, rtol=1e-11, atol=1e-11)
+    assert mapped.log_det.abs().max() > 0.1
+    theirs.log_prob(x, probes).mean().backward()
+    flow.log_prob(x, context, torch.Generator().manual_seed(0)).mean().backward()
+    for found, expected in zip(flow.parameters(), theirs.network.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize(("gradient", "backward"), [("direct", 0), ("checkpoint", 12), ("adjoint", 12)])
 def test_evaluations_of_our_steps(gradient, backward):
     solver = RungeKuttaSolver("rk4", steps=3, gradient=gradient)
@@ -211,7 +231,7 @@ def test_checkpointing_holds_less():
 
 def test_command_writes_a_report(tmp_path):
     output = tmp_path / "deep" / "bench.json"
-    figures = "step_rk4,log_prob_43,overhead_training,step_conv"
+    figures = "step_rk4,log_prob_43,overhead_training,step_conv,step_posterior"
     arguments = ["--small", "--no-compile", "--repeats", "2", "--figures", figures, "--output", str(output)]
     assert bench.main(arguments) == 0
     report = json.loads(output.read_text())
@@ -228,7 +248,7 @@ def test_command_writes_a_report(tmp_path):
                 contender[f"{which}_seconds"] for which in ("lower_quartile", "median", "upper_quartile")
             )
             assert 0 < contender["fastest_seconds"] <= low <= median <= high
-            assert contender["nfe_forward"] == (4 if name == "step_conv" else 16)
+            assert contender["nfe_forward"] == {"step_conv": 4, "step_posterior": 8}.get(name, 16)
             gain = contenders[figure["reference"]]["median_seconds"] / median
             assert contender["ratio"] == pytest.approx(gain if figure["ratio"] == "gain" else 1 / gain)
 
