@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.data import FlowDataModule
 from cnf_lab.errors import ConfigError
-from cnf_lab.flows import continuous_blocks
+from cnf_lab.flows import Flow, continuous_blocks
 from cnf_lab.models import FlowModule
 from cnf_lab.training import tracking
 from cnf_lab.training.build import (
@@ -137,9 +137,9 @@ def numbers(trainer: pl.Trainer) -> dict[str, float]:
     for callback in watching(trainer):
         best, last = callback.best_model_score, metrics.get(str(callback.monitor))
         if best is not None and float(best) != last:
+            # Whatever else was validated belongs to the last value, which is not the best.
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("val/")}
             metrics[str(callback.monitor)] = float(best)
-            # This error belongs to the last value, which is not the best.
-            metrics.pop(f"{callback.monitor}_standard_error", None)
     return metrics
 
 
@@ -214,6 +214,8 @@ def announce(config: DictConfig, data: FlowDataModule, module: FlowModule, folde
         log.info("divergence in training: %s", build(config.trace, "trace").describe(blocks[0].field))
     else:
         log.info("training does not solve: trace and the tolerance of solver are those of evaluation only")
+        if isinstance(module.flow, Flow) and module.flow.dequantiser and list(module.flow.dequantiser.parameters()):
+            log.warning("the learned dequantisation stays as it starts, uniform: only a likelihood trains it")
     for note in data.notes:
         log.warning("%s", note)
 

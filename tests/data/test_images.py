@@ -17,7 +17,7 @@ from scipy.io import savemat
 
 from cnf_lab.data import images
 from cnf_lab.data.download import RemoteFile
-from cnf_lab.data.image_folder import ImageFolder
+from cnf_lab.data.image_folder import ImageFolder, _is_size, read_picture
 from cnf_lab.data.images import Cifar10, Digits, FashionMnist, Mnist, Svhn, read_images
 from cnf_lab.errors import ConfigError, DataError
 from cnf_lab.training.command import config_folder
@@ -355,6 +355,14 @@ def test_opaque_alpha_and_palettes_are_fine(folder):
     assert own(folder).event_shape == (3, 6, 8)
 
 
+def test_pictures_are_read_the_way_a_camera_was_held(folder):
+    upright = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8))
+    note = Image.Exif()
+    note[0x0112] = 6  # orientation: to be turned by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(folder / "held.png", exif=note)
+    np.testing.assert_array_equal(read_picture(folder / "held.png", None, None)[0], np.asarray(upright))
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -366,6 +374,13 @@ def test_opaque_alpha_and_palettes_are_fine(folder):
 def test_options_of_a_folder(folder, changed, said):
     with pytest.raises(ConfigError, match=said):
         own(folder, **changed)
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"), [([32, 40], True), ((8, 8), True), (32, False), ([32.5, 32], False), ([1, 2, 3], False)]
+)
+def test_sizes_are_two_whole_numbers(size, fits):
+    assert _is_size(size) == fits
 
 
 def test_folders_without_pictures(tmp_path):
@@ -403,6 +418,17 @@ def test_files_that_hold_no_images(tmp_path, array, said):
     np.save(tmp_path / "x.npy", array)
     with pytest.raises(DataError, match=said):
         read_images(str(tmp_path / "x.npy"), (1, 8, 8), 17)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "none"])
+def test_damaged_archives_end_in_one_line(tmp_path, damage):
+    path = tmp_path / "images.npz"
+    np.savez(path, **({} if damage == "none" else {"x": np.zeros((5, 1, 8, 8), dtype=np.uint8)}))
+    if damage != "none":
+        path.write_bytes(path.read_bytes()[: 100 if damage == "cut" else 0])
+    with pytest.raises(DataError, match=r"Expected images in .*, got .*images\.npz \(.+\)\. Type") as caught:
+        read_images(str(path), (1, 8, 8), 256)
+    assert "\n" not in str(caught.value)
 
 
 def test_files_that_cannot_be_read(tmp_path):

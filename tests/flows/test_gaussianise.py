@@ -199,6 +199,13 @@ def test_norms_that_hardly_differ():
     torch.testing.assert_close(layer.to_data(value)[0], rows, rtol=1e-9, atol=1e-9)
 
 
+def test_wide_rows_are_thinned_to_what_fits(monkeypatch):
+    monkeypatch.setattr("cnf_lab.flows.gaussianise._MOST_NUMBERS", 400)
+    kept = _thinned(torch.arange(3000.0).reshape(100, 30).split(7))
+    assert 400 // 60 <= len(kept) <= 400 // 30
+    assert kept[:, 0].diff().unique().numel() == 1
+
+
 @pytest.mark.parametrize("sizes", [[7], [3, 4, 5, 1], [1] * 23])
 def test_many_rows_are_thinned_evenly(sizes, monkeypatch):
     monkeypatch.setattr("cnf_lab.flows.gaussianise._MOST_ROWS", 5)

@@ -64,6 +64,8 @@ def test_every_objective_with_either_noise(metrics, objective, dequantisation):
 def test_pixels_for_a_density_and_rows_for_images(lab_config, tmp_path):
     from cnf_lab.train import train
 
+    with pytest.raises(ConfigError, match=r"Expected continuous values for model=density, got digits.*model=image"):
+        train(lab_config("dataset=digits", "model=density", "preprocess=none", "logger=none"))
     with pytest.raises(ConfigError, match="Expected images for model=image, got data of event shape"):
         train(lab_config("model=image", "dataset=moons", "logger=none"))
     with pytest.raises(ConfigError, match=r"Expected recipe\.levels=17, the values of a pixel of digits, got 256"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,10 +81,8 @@ class ImageFolder(ImageDataModule):
             raise ConfigError(f"Expected a folder of pictures, got {path}. Type dataset.path=<folder>.")
         if channels not in (None, *_MODES):
             raise ConfigError(f"Expected dataset.channels of 1, 3 or null, got {channels}. Type dataset.channels=3.")
-        if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ConfigError(
-                f"Expected dataset.size of a height and a width, got {list(size)}. Type dataset.size=[32,32]."
-            )
+        if size is not None and not _is_size(size):
+            raise ConfigError(f"Expected dataset.size of a height and a width, got {size}. Type dataset.size=[32,32].")
         self.path, self.size, self.channels = Path(path).expanduser(), size, channels
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -132,9 +131,10 @@ def read_picture(path: Path, channels: int | None, size: Sequence[int] | None) -
     try:
         with Image.open(path) as opened:
             opened.load()
-            picture = opened.copy()
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise _refused(path, str(error).split("\n")[0], "Replace or remove it.") from error
+            picture = ImageOps.exif_transpose(opened).copy()  # cameras turn pictures by a note
+    except Exception as error:  # a damaged file can fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise _refused(path, reason, "Replace or remove it.") from error
     if picture.mode in _DEEP:
         raise _refused(path, f"one of mode {picture.mode}", "Convert it to 8 bits.")
     transparent = "A" in picture.getbands() or "transparency" in picture.info
@@ -145,6 +145,11 @@ def read_picture(path: Path, channels: int | None, size: Sequence[int] | None) -
         converted = ImageOps.fit(converted, (size[1], size[0]), Image.Resampling.LANCZOS)
     pixels = np.asarray(converted)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _is_size(size: Any) -> bool:
+    pair = isinstance(size, Sequence) and len(size) == 2
+    return pair and all(isinstance(side, int) and side >= 1 for side in size)
 
 
 def _refused(path: Path, found: str, advice: str) -> DataError:

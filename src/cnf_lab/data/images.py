@@ -385,14 +385,7 @@ class Cifar10(PublishedImages):
         return train, test
 
     def _part(self, path: Path) -> np.ndarray:
-        try:
-            with np.load(path) as file:
-                images = file["x"]
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"Expected images named x in {path}, got {str(error).splitlines()[0]}. "
-                "Replace the file, or type dataset.allow_partial=false."
-            ) from error
+        images = read_array_of(path, "x", "Replace the file, or type dataset.allow_partial=false.")
         check_pixels(images, (3, 32, 32), 256, path)
         self.notes.append(
             f"{self.name}: {len(images):,} of 50,000 training images, from which the test images are cut too "
@@ -454,6 +447,27 @@ def torchvision_datasets() -> Any:
     return datasets
 
 
+def read_array_of(path: Path, key: str | None, advice: str) -> np.ndarray:
+    """Read an array of a .npy file, or of a .npz file by its name; without a name the first one.
+
+    Args:
+        path: The file.
+        key: The name; None for the first.
+        advice: What the user can do, for the message.
+
+    Raises:
+        DataError: If the file is missing or damaged, or holds no such array.
+    """
+    try:
+        with path.open("rb") as file:  # which numpy leaves open where it fails
+            loaded = np.load(file)
+            return loaded if isinstance(loaded, np.ndarray) else loaded[key or loaded.files[0]]
+    except Exception as error:  # a damaged file can fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        named = "" if key is None else f" named {key}"
+        raise DataError(f"Expected images{named} in a .npy or .npz file, got {path} ({reason}). {advice}") from error
+
+
 def check_pixels(images: np.ndarray, event_shape: Sequence[int], levels: int, path: Path) -> None:
     """Refuse an array of anything but images of a shape with whole-number pixels."""
     if images.shape[1:] != tuple(event_shape):
@@ -482,13 +496,7 @@ def read_images(path: str, event_shape: Sequence[int], levels: int, key: str | N
         DataError: If the file is missing, damaged, or holds anything else.
     """
     file = Path(path).expanduser()
-    try:
-        loaded = np.load(file)
-        images = loaded if isinstance(loaded, np.ndarray) else loaded[key or loaded.files[0]]
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise DataError(
-            f"Expected images in a .npy or .npz file, got {file} ({str(error).splitlines()[0]}). Type data=images.npy."
-        ) from error
+    images = read_array_of(file, key, "Type data=images.npy.")
     if images.ndim == 2 and images.shape[1] == int(np.prod(event_shape)):
         images = images.reshape(-1, *event_shape)
     check_pixels(images, event_shape, levels, file)

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from cnf_lab.data.base import Batch, Rows, Splits
 from cnf_lab.data.download import RemoteFile, fetch
-from cnf_lab.data.images import Mnist, PixelDataModule, check_pixels, read_mnist
+from cnf_lab.data.images import Mnist, PixelDataModule, check_pixels, read_array_of, read_mnist
 from cnf_lab.data.pickled import read_array
 from cnf_lab.errors import ConfigError, DataError
 
@@ -275,14 +275,7 @@ class Omniglot(VaeImages):
         return train, val, test
 
     def _part(self, path: Path) -> list[np.ndarray]:
-        try:
-            with np.load(path) as file:
-                images = file["x"]
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"Expected images named x in {path}, got {str(error).splitlines()[0]}. "
-                "Replace the file, or type dataset.allow_partial=false."
-            ) from error
+        images = read_array_of(path, "x", "Replace the file, or type dataset.allow_partial=false.")
         check_pixels(images, (28, 28), 256, path)
         self.notes.append(
             f"{self.name}: {len(images):,} of {sum(self.rows):,} images, with a split of our own (allow_partial); "

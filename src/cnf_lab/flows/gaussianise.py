@@ -15,7 +15,7 @@ from cnf_lab.flows.preprocess import DoubleBuffers, Preprocess, check_variation
 from cnf_lab.flows.splines import fit_knots, inverse_spline, log_chi_quantile, spline
 
 _FEWEST, _MOST = 8, 256  # knots where their number is not given
-_MOST_ROWS = 1_000_000
+_MOST_ROWS, _MOST_NUMBERS = 1_000_000, 200_000_000  # held to fit a layer: 0.8 GB in float32
 _SMALLEST = torch.finfo(torch.float64).tiny
 
 
@@ -178,7 +178,8 @@ def _thinned(batches: Iterable[Tensor]) -> Tensor:
     for batch in batches:
         kept.append(batch[-seen % stride :: stride])
         seen += len(batch)
-        while sum(map(len, kept)) > _MOST_ROWS:
+        most = min(_MOST_ROWS, _MOST_NUMBERS // max(batch[0].numel(), 1)) if len(batch) else _MOST_ROWS
+        while sum(map(len, kept)) > most:
             kept, stride = [torch.cat(kept)[::2]], 2 * stride
     return torch.cat(kept)
 

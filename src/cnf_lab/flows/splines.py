@@ -116,8 +116,8 @@ def fit_knots(
         knots: Number of knots.
         adjust: Changes the values at the knots (knots,), given both; None leaves them.
     """
-    ordered = columns.double().sort(dim=0).values
-    fits = [_fit_column(ordered[:, column], quantile, knots, adjust) for column in range(columns.shape[1])]
+    # Column by column: in float64, and with the places that a sort returns, all of an image set's would not fit.
+    fits = [_fit_column(column.double().sort().values, quantile, knots, adjust) for column in columns.unbind(dim=1)]
     return Knots(*(torch.stack(parts) for parts in zip(*fits, strict=True)))
 
 

@@ -25,8 +25,9 @@ class ImageModule(LikelihoodModule):
     def log_terms(self, result: LossTerms) -> dict[str, Any]:
         """Log the parts of a training loss, its likelihood in bits/dim too."""
         if "nll" in result.terms:
-            value = bits_per_dim(result.terms["nll"].detach().mean(), self._dimensions)
-            self.log("train/bits_per_dim", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+            nll = result.terms["nll"].detach()
+            value = bits_per_dim(nll.mean(), self._dimensions)
+            self.log("train/bits_per_dim", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(nll))
         return super().log_terms(result)
 
     def log_likelihood(self, stage: str, quantity: str, value: Tensor) -> None:

@@ -21,7 +21,8 @@ class FlowMatching(Objective[Flow]):
 
     The field that minimises it moves the data's density to the base's along the path, so that
     ``log_prob`` and ``sample`` of the same flow work at once. Its loss is not a likelihood: look
-    at ``val/nll``. Blocks that follow one another share the path, each its part of it.
+    at ``val/nll``. Blocks that follow one another share the path, each its part of it. A learned
+    dequantiser is used as it is: only the likelihood trains it.
 
     Args:
         path: The path from a data row to a latent row.
@@ -73,7 +74,14 @@ class FlowMatching(Objective[Flow]):
         u = self.times.sample(len(start), generator, start)
         state, velocity = blocks.along(self.path, start, self.coupling(start, latent), u)
         error = (blocks.velocity(u, state, context) - velocity).flatten(1).square().mean(dim=1)
-        return LossTerms(error.mean(), {"flow_matching": error})
+        return LossTerms(error.mean() + _untouched(flow), {"flow_matching": error})
+
+
+def _untouched(flow: Flow) -> Tensor | float:
+    """Return a zero that depends on a learned dequantiser: of several processes each wants a gradient of everything."""
+    if flow.dequantiser is None:
+        return 0.0
+    return sum((0.0 * parameter.sum() for parameter in flow.dequantiser.parameters()), start=0.0)
 
 
 class FlowMatchingThenLikelihood(StagedObjective):

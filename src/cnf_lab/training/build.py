@@ -162,11 +162,16 @@ def build_module(config: DictConfig, flow: Flow | VariationalAutoencoder, data: 
 
 
 def _check_levels(config: DictConfig, flow: Flow | VariationalAutoencoder, data: FlowDataModule) -> None:
-    """Refuse continuous data for a model of pixels, and pixels of other levels."""
+    """Refuse continuous data for a model of pixels, pixels of other levels, and pixels for a continuous density."""
     part = flow.likelihood if isinstance(flow, VariationalAutoencoder) else flow.dequantiser
-    if part is None:
-        return
     levels = getattr(data, "levels", None)
+    if part is None:
+        if levels is not None:  # a density may grow without bound on whole numbers
+            raise ConfigError(
+                f"Expected continuous values for model={config.model.name}, got {data.name}, whose values are pixels. "
+                "Type model=image."
+            )
+        return
     if levels is None:
         raise ConfigError(
             f"Expected pixels for model={config.model.name}, got {data.name}, whose values are continuous. "
