@@ -2,18 +2,19 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from cnf_lab.autoencoders import continuous_flow, variational_autoencoder
+from cnf_lab.autoencoders import Bernoulli, continuous_flow, variational_autoencoder
 from cnf_lab.data.base import ArrayRows
 from cnf_lab.fields import AmortisedGates, AmortisedLowRank, Concat, Softplus
 from cnf_lab.ode import RungeKuttaSolver
 from cnf_lab.trace import Exact, Hutchinson, Rademacher
-from cnf_lab.training.bounds import elbo_gap, elbo_numbers, elbos, importance_numbers, importance_weighted
+from cnf_lab.training.bounds import Elbos, elbo_gap, elbo_numbers, elbos, importance_numbers, importance_weighted
 
 TIGHT = RungeKuttaSolver("dopri5", 1e-8, 1e-8, error_norm="example")
 FIELDS = {
@@ -101,6 +102,15 @@ def test_active_units_are_those_that_see_the_image(linear_gaussian, rows):
         model.posterior.mean.weight[2:].zero_()
     assert elbo_numbers(elbos(model, rows, 17, None, 200, 0), model)["active_units"] == 2
     assert "active_units" not in elbo_numbers(elbos(model, rows, 17, None, 1, 0), model)
+
+
+def test_active_units_are_not_the_noise_of_few_draws():
+    torch.manual_seed(0)
+    latents = torch.randn(4, 200, 64, dtype=torch.float64)  # that see no image
+    log_weight = torch.zeros(4, 200, dtype=torch.float64)
+    found = Elbos(log_weight, log_weight, latents.mean(dim=0), latents.var(dim=0), None, 0)
+    assert (latents.mean(dim=0).var(dim=0) - latents.var(dim=0).mean(dim=0) / 4 > 0.01).sum() > 5
+    assert elbo_numbers(found, SimpleNamespace(likelihood=Bernoulli()))["active_units"] == 0
 
 
 def test_pixels_of_several_values_are_told_in_bits_too():

@@ -58,7 +58,9 @@ class Posterior(nn.Module):
     def gaussian(self, features: Float[Tensor, "batch features"]) -> tuple[Tensor, Tensor]:
         """Return mean and variance of z0, (batch, D)."""
         variance = F.softplus(self.variance(features))
-        return self.mean(features), variance if self.variance_bounds is None else variance.clamp(*self.variance_bounds)
+        # A softplus far below zero rounds to it, and its logarithm to minus infinity.
+        least, most = self.variance_bounds or (torch.finfo(variance.dtype).tiny, None)
+        return self.mean(features), variance.clamp(least, most)
 
     def forward(
         self,

@@ -59,7 +59,7 @@ def read_frame(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """Return a pickled numpy array of numbers, or the first one of a list of them.
+    """Return a pickled numpy array of numbers, or that of a list which holds one.
 
     Args:
         path: The pickle, written by numpy under Python 2 or 3.
@@ -69,9 +69,7 @@ def read_array(path: Path) -> np.ndarray:
     """
     with _reading("array", path) as file:
         loaded = _Recorder(file).load()
-        while isinstance(loaded, list | tuple):
-            loaded = loaded[0]
-        return _array(loaded)
+        return _array(loaded[0] if isinstance(loaded, list | tuple) else loaded)
 
 
 @contextmanager

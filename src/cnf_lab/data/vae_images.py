@@ -264,6 +264,11 @@ class Omniglot(VaeImages):
         """Read the published file, or a part of the images."""
         parts = sorted((self.root / "omniglot").glob("*.npz"))
         if self.allow_partial and parts and not (self.root / self.file.path).is_file():
+            if len(parts) > 1:
+                raise DataError(
+                    f"Expected one file of images in {parts[0].parent}, got {', '.join(part.name for part in parts)}. "
+                    "Move the others away."
+                )
             train, val, test = self._part(parts[0])
         else:
             (path,) = self._fetch(self.file)

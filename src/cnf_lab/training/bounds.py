@@ -126,7 +126,8 @@ def elbo_numbers(found: Elbos, model: VariationalAutoencoder) -> dict[str, float
     """Return the mean negative ELBO with its standard errors over images, draws and probes, and its parts.
 
     With several draws there are ``active_units``, the latents whose posterior mean differs between
-    images: its variance, less what the finite number of draws adds, is above 0.01.
+    images: its variance, less what the finite number of draws adds, is above 0.01, and by three
+    deviations of the noise that these draws leave.
 
     Args:
         found: The ELBOs.
@@ -140,8 +141,10 @@ def elbo_numbers(found: Elbos, model: VariationalAutoencoder) -> dict[str, float
     numbers |= {"reconstruction": reconstruction, "kl": mean - reconstruction}
     if draws > 1:
         numbers["negative_elbo_draws_standard_error"] = error_of_mean(negative.std(dim=0) / math.sqrt(draws))
-        between = found.latent_mean.var(dim=0) - found.latent_variance.mean(dim=0) / draws
-        numbers["active_units"] = float((between > ACTIVE).sum())
+        added = found.latent_variance.mean(dim=0) / draws
+        noise = added * math.sqrt(2 / max(len(found.latent_mean) - 1, 1))  # of a variance of that many normal means
+        between = found.latent_mean.var(dim=0) - added
+        numbers["active_units"] = float((between > ACTIVE + 3 * noise).sum())
     if found.trace_error is not None:
         spread = found.trace_error.square().sum(dim=0).sqrt() / draws
         numbers["negative_elbo_trace_standard_error"] = error_of_mean(spread)
