@@ -44,7 +44,7 @@ from cnf_lab.training.run import (
 log = logging.getLogger("cnf_lab")
 #: Options that are numbers: kind, least value, a value to type, and whether null is admitted.
 NUMBERS = (
-    ("batch_size", int, 1, "2000", False),
+    ("batch_size", int, 1, "2000", True),
     ("atol", float, 0, "1e-7", True),
     ("rtol", float, 0, "1e-7", True),
     ("memory", float, 0, "1.0", False),
@@ -64,7 +64,7 @@ BOUNDS = {
     "bits_per_dim": "in bits/dim",
     "bits_per_dim_uniform_1": "one draw of uniform noise, as published numbers have it",
     "bits_per_dim_importance_weighted": "importance-weighted with {draws} draws",
-    "negative_iwae_bound": "minus the importance-weighted bound with {iwae_draws} draws",
+    "negative_iwae_bound": "minus the importance-weighted bound with {iwae_draws} draws, of the first images",
     "bits_per_dim_iwae": "the same in bits/dim",
 }
 #: Where errors of a mean come from, besides the finite number of rows.
@@ -72,6 +72,7 @@ SOURCES = {"dequantisation": "dequantisation draws", "draws": "draws of the post
 #: Numbers that no error belongs to.
 QUALITIES = {
     "reconstruction": "reconstruction, nats",
+    "negative_elbo_of_iwae_images": "negative ELBO of the images of that bound",
     "kl": "KL of the posterior from the prior, nats",
     "active_units": "active units",
     "effective_sample_size_median": "effective sample size of {iwae_draws}, median",
@@ -165,10 +166,14 @@ def flow_findings(
     """Return the likelihood of rows, in nats, or of images, in bits/dim too."""
     images = flow.dequantiser is not None
     draws = config.draws if images else 1
-    found = log_likelihoods(flow, rows, config.batch_size, config.limit, draws, config.seed)
+    found = log_likelihoods(flow, rows, pass_rows(config, flow), config.limit, draws, config.seed)
     if not images:
         return Findings(nll_numbers(found), "nll", "nats", found.log_prob, "log_prob", found.nfe, None)
     numbers = image_likelihoods(flow, rows, found, config)
+    if draws > 1 and found.trace_error is not None:
+        log.info(
+            "no importance-weighted bound: the noise of probes would pass for a better one. Type divergence=exact."
+        )
     if config.check and continuous_blocks(flow):
         numbers |= solver_gap(flow, rows, config.check, tight, divergence, config.seed)
     return Findings(numbers, "bits_per_dim", "bits/dim", found.log_prob, "log_prob", found.nfe, draws)
@@ -178,20 +183,36 @@ def autoencoder_findings(
     model: VariationalAutoencoder, rows: Rows, config: DictConfig, tight: OdeSolver, divergence: DivergenceEstimator
 ) -> Findings:
     """Return the ELBO of images and, if asked for, the importance-weighted bound."""
-    found = elbos(model, rows, config.batch_size, config.limit, config.draws, config.seed)
+    found = elbos(model, rows, pass_rows(config, model), config.limit, config.draws, config.seed)
     numbers = elbo_numbers(found, model)
     if config.iwae_draws:
         limit = min(config.iwae_limit or len(rows), config.limit or len(rows))
-        weighted = importance_weighted(model, rows, config.iwae_draws, config.batch_size, limit, config.seed)
+        if found.trace_error is not None:
+            raise ConfigError(
+                "Expected divergence=exact for the importance-weighted bound, which the noise of probes would pass "
+                f"for a better one, got {config.divergence}. Type divergence=exact, or iwae_draws=0."
+            )
+        weighted = importance_weighted(model, rows, config.iwae_draws, pass_rows(config, model), limit, config.seed)
         numbers |= importance_numbers(weighted, model)
+        numbers["negative_elbo_of_iwae_images"] = -float(found.log_weight[:, :limit].mean())
     if config.check and continuous_blocks(model):
         numbers |= elbo_gap(model, rows, config.check, tight, divergence, config.seed)
     return Findings(numbers, "negative_elbo", "nats", found.log_weight, "elbo", found.nfe, config.draws)
 
 
+def pass_rows(config: DictConfig, model: Flow | VariationalAutoencoder) -> int:
+    """Return how many rows, images or latents are solved and decoded at once."""
+    return config.batch_size or (200 if is_of_images(model) else 2000)
+
+
+def is_of_images(model: Flow | VariationalAutoencoder) -> bool:
+    """Whether a model is one of pixels."""
+    return isinstance(model, VariationalAutoencoder) or model.dequantiser is not None
+
+
 def chosen(config: DictConfig, model: Flow | VariationalAutoencoder) -> dict[str, Any]:
     """Return precision, tolerances and divergence, with what is left open decided by what is modelled."""
-    images = isinstance(model, VariationalAutoencoder) or model.dequantiser is not None
+    images = is_of_images(model)
     precision = config.precision or ("float32" if images else "float64")
     if precision not in PRECISIONS:
         raise ConfigError(f"Expected precision float64 or float32, got {precision}. Type precision=float64.")
@@ -200,7 +221,8 @@ def chosen(config: DictConfig, model: Flow | VariationalAutoencoder) -> dict[str
         raise ConfigError(
             f"Expected divergence to be auto, exact or hutchinson, got {config.divergence}. Type divergence=auto."
         )
-    large = any(math.prod(block.field.event_shape) > MANY for block in continuous_blocks(model)) and images
+    fields = [block.field for block in continuous_blocks(model)]
+    large = images and any(math.prod(field.event_shape) > MANY and not field.has_closed_form for field in fields)
     usual = 1e-5 if images else 1e-7
     return {
         "precision": precision,
@@ -215,7 +237,7 @@ def image_likelihoods(flow: Flow, rows: Rows, found: Likelihoods, config: DictCo
     uniform = found
     if not isinstance(flow.dequantiser, UniformDequantiser):
         own, flow.dequantiser = flow.dequantiser, uniformly(flow)
-        uniform = log_likelihoods(flow, rows, config.batch_size, config.limit, 1, config.seed)
+        uniform = log_likelihoods(flow, rows, pass_rows(config, flow), config.limit, 1, config.seed)
         flow.dequantiser = own
     return image_numbers(found, uniform, math.prod(flow.event_shape))
 

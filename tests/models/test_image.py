@@ -95,9 +95,13 @@ def test_commands_take_a_run_of_images(lab_config, metrics, tmp_path, caplog):
     assert np.load(tmp_path / "test_log_prob.npy").shape == (2, 24)
     for words in ("bits/dim over 24 images", "one draw of uniform noise", "importance-weighted with 2 draws"):
         assert words in caplog.text
-    by_probes = (run, "divergence=hutchinson", "probes=3", "check=0", "limit=5", f"output={tmp_path}")
-    evaluate(lab_config(*by_probes, command="evaluate"))
-    assert json.loads((tmp_path / "test.json").read_text())["bits_per_dim_trace_standard_error"] > 0
+    by_probes = (run, "divergence=hutchinson", "probes=3", "draws=2", "check=0", "limit=5", f"output={tmp_path}")
+    with caplog.at_level("INFO", logger="cnf_lab"):
+        evaluate(lab_config(*by_probes, command="evaluate"))
+    found = json.loads((tmp_path / "test.json").read_text())
+    assert found["bits_per_dim_trace_standard_error"] > 0
+    assert "bits_per_dim_importance_weighted" not in found, "the noise of probes would pass for a better bound"
+    assert "no importance-weighted bound" in caplog.text
 
     sample(lab_config(run, "n=5", "temperature=0.8", f"output={tmp_path / 's.npy'}", command="sample"))
     pixels = np.load(tmp_path / "s.npy")

@@ -115,7 +115,11 @@ def test_commands_take_a_run(lab_config, metrics, tmp_path, caplog):
     assert abs(found["negative_elbo_solver_gap"]) < 1e-3
     assert {"active_units", "effective_sample_size_median", "bits_per_dim_iwae"} <= set(found)
     assert np.load(run / "evaluation" / "test_elbo.npy").shape == (10, 10)
+    assert found["negative_elbo_of_iwae_images"] == pytest.approx(value)  # all ten of them
     assert "importance-weighted bound with 200 draws" in caplog.text
+    by_probes = (f"run={run}", "divergence=hutchinson", "iwae_draws=5", "limit=3", "check=0")
+    with pytest.raises(ConfigError, match="Expected divergence=exact for the importance-weighted bound"):
+        evaluate(lab_config(*by_probes, command="evaluate"))
 
     np.save(tmp_path / "own.npy", np.random.default_rng(0).integers(0, 17, (5, 1, 8, 8)))
     evaluate(lab_config(f"run={run}", f"data={tmp_path / 'own.npy'}", "check=0", command="evaluate"))
