@@ -178,25 +178,26 @@ class SampleMetrics:
 
         return {
             "chamfer": Chamfer(squares(True), self.memory),
-            "earth_mover": EarthMover(squares(False), self.memory, self.sinkhorn_above, self.regularisation),
+            "emd": EarthMover(squares(False), self.memory, self.sinkhorn_above, self.regularisation),
             "l2": Euclidean(squares(True), self.memory),
         }
 
     def _of_distance(self, name: str, distance: Distance, generated: Tensor) -> Iterator[dict[str, Any]]:
-        if name in self.metrics:
-            yield self._paired(name, distance, generated)
+        paired = {"chamfer": "chamfer", "emd": "earth_mover"}.get(name)
+        if paired in self.metrics:
+            yield {"metric": paired, "distance": name, **self._paired(distance, generated)}
         wanted = [metric for metric in SET_METRICS if metric in self.metrics]
         if wanted and (name == "l2" or self.cloud_size > 1):
             yield from self._of_sets(wanted, name, distance, generated)
 
-    def _paired(self, name: str, distance: Distance, generated: Tensor) -> dict[str, Any]:
+    def _paired(self, distance: Distance, generated: Tensor) -> dict[str, Any]:
         # Of as many rows on both sides: the assignment is one to one.
         count = min(len(self.reference), len(generated))
         size = self.cloud_size if self.cloud_size > 1 else count
         a, b = to_clouds(self.reference[:count], size), to_clouds(generated[:count], size)
         pairs = zip(a.split(1), b.split(1), strict=True)
-        value = torch.cat([distance.between(*pair) for pair in _progress(list(pairs), name)]).mean()
-        return {"metric": name, "distance": name, "value": float(value), **self._used(distance, a, b)}
+        value = torch.cat([distance.between(*pair) for pair in _progress(list(pairs), "pairs")]).mean()
+        return {"value": float(value), **self._used(distance, a, b)}
 
     def _of_sets(self, wanted: list[str], name: str, distance: Distance, generated: Tensor) -> Iterator[dict[str, Any]]:
         size = 1 if name == "l2" else self.cloud_size
