@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 
 from cnf_lab.data.base import ArrayRows
 from cnf_lab.errors import ConfigError, DataError
@@ -27,10 +26,8 @@ FIELDS = {
 class Shifted(Flow):
     """A standard normal moved by its context, or by nothing; as a stand-in for a conditional density."""
 
-    def __init__(self, context_features=0):
+    def __init__(self):
         super().__init__(Chain([NoPreprocess((2,))]), StandardNormal((2,)))
-        self.features = context_features
-        self.anchor = nn.Parameter(torch.zeros(()))
 
     def sample(self, n, context=None, generator=None, temperature=1.0):
         latent = super().sample(n, None, generator, temperature).double()
@@ -109,17 +106,16 @@ def test_samples_are_drawn_given_the_contexts_of_the_reference(options):
     rows = ArrayRows(normal(120) + context, context)
     chosen = options("normaliser=none", "metrics=[minimum_matching_distance,kolmogorov_smirnov]", "n_generated=120")
     training = ArrayRows(normal(500, seed=7) + normal(500, seed=8, scale=10.0), normal(500, seed=8, scale=10.0))
-    figures = sample_findings(Shifted(2).double(), rows, training, chosen, 50)
+    figures = sample_findings(Shifted().double(), rows, training, chosen, 50)
     for row in figures[:2]:  # nearer than training rows, whose contexts are others
         assert row["value"] < row["oracle"]
     uneven = options("n_reference=50", "n_generated=120", "metrics=[coverage]")
-    assert sample_findings(Shifted(2).double(), rows, training, uneven, 50)[0]["n_generated"] == 120
+    assert sample_findings(Shifted().double(), rows, training, uneven, 50)[0]["n_generated"] == 120
 
 
 def test_pixels_lie_between_nought_and_one(options):
     shape, levels = (1, 2, 2), 8
     flow = Flow(Chain([Centre(shape, levels)]), StandardNormal(shape), dequantiser=UniformDequantiser(shape, levels))
-    flow.register_parameter("anchor", nn.Parameter(torch.zeros(())))
     images = np.random.default_rng(0).integers(0, levels, (40, *shape))
     other = np.random.default_rng(1).integers(0, levels, (40, *shape))
     chosen = options("metrics=[minimum_matching_distance]", "squared=false", "oracle_repeats=1")

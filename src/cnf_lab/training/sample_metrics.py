@@ -91,7 +91,7 @@ def sample_findings(
     """
     counts = _count(options, len(reference), len(training))
     x, context = _read(reference, next(_choices(len(reference), counts["n_reference"], 1, options.seed)))
-    device = next(model.parameters()).device
+    device = (model.prior if isinstance(model, VariationalAutoencoder) else model.base).sample(0).device
     generator = torch.Generator(device).manual_seed(options.seed)
     if context is not None:
         context = context[torch.arange(counts["n_generated"]) % len(context)]
@@ -107,12 +107,12 @@ def sample_findings(
         _metrics(options),
         options.cloud_size,
         options.squared,
-        tuple(_listed(options.bandwidths)),
+        tuple(map(float, _listed(options.bandwidths))),
         options.projections,
         options.sinkhorn_above,
-        options.sinkhorn_regularisation,
+        float(options.sinkhorn_regularisation),
         options.seed,
-        options.memory,
+        float(options.memory),
     )
     log.info("sample metrics: %s samples against %s rows", f"{len(drawn):,}", f"{len(x):,}")
     found = compared.measure(_finite(_as_rows(drawn, levels)).to(device) / scale)
