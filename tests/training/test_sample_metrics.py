@@ -174,7 +174,7 @@ def test_samples_that_are_not_finite(options, monkeypatch):
 
 def test_evaluate_writes_and_prints_them(tmp_path, lab_config, caplog):
     quick = ("dataset=pinwheel", "architecture.hidden=[8]", "trainer.max_epochs=1", "callbacks=[default]", "threads=1")
-    small = ("dataset.steps_per_epoch=2", "dataset.evaluation_rows=60", "trainer.enable_progress_bar=false")
+    small = ("dataset.steps_per_epoch=2", "dataset.evaluation_rows=60")
     run = tmp_path / "run"
     train(lab_config(*quick, *small))
     caplog.set_level(logging.INFO, "cnf_lab")
