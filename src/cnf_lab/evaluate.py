@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from cnf_lab.autoencoders import VariationalAutoencoder
-from cnf_lab.data import Rows
+from cnf_lab.data import FlowDataModule, Rows
 from cnf_lab.data.custom import read_rows
 from cnf_lab.data.images import read_images
 from cnf_lab.errors import ConfigError
@@ -40,6 +40,7 @@ from cnf_lab.training.run import (
     run_folder,
     write_json,
 )
+from cnf_lab.training.sample_metrics import check_samples, report_samples, sample_findings
 
 log = logging.getLogger("cnf_lab")
 #: Options that are numbers: kind, least value, a value to type, and whether null is admitted.
@@ -92,6 +93,7 @@ def evaluate(config: DictConfig) -> float:
     """
     for name, kind, least, typed, optional in NUMBERS:
         check_number(config, name, kind, least, typed, optional)
+    check_samples(config)
     run = require_run(config.run)
     model, rebuild = restore_flow(run)
     choices = chosen(config, model)
@@ -102,6 +104,10 @@ def evaluate(config: DictConfig) -> float:
 
     name, rows, notes = open_rows(config, model, rebuild)
     tight = converged_solver(config.method, choices["atol"] / 100, choices["rtol"] / 100)
+    samples = {}
+    if config.samples:  # first, for a check leaves the model in float64 and with a tight solver
+        training, together = open_data(config, rebuild).split("train"), pass_rows(config, model)
+        samples["samples"] = sample_findings(model, rows, training, config.sample_metrics, together)
     if isinstance(model, VariationalAutoencoder):
         found = autoencoder_findings(model, rows, config, tight, divergence)
     else:
@@ -127,12 +133,14 @@ def evaluate(config: DictConfig) -> float:
         "seed": rebuild["config"]["seed"],
         **environment(),
     }
-    write_json(folder / f"{name}.json", {**found.numbers, "context": context})
+    write_json(folder / f"{name}.json", {**found.numbers, **samples, "context": context})
     per_row = found.per_row if len(found.per_row) > 1 else found.per_row[0]
     np.save(folder / f"{name}_{found.per_row_name}.npy", per_row.numpy())
     for note in notes:
         log.warning("%s", note)
     report(name, found, context)
+    if config.samples:
+        report_samples(samples["samples"])
     log.info("%s of every row: %s", found.per_row_name, folder / f"{name}_{found.per_row_name}.npy")
     return found.numbers[found.quantity]
 
@@ -296,13 +304,19 @@ def open_rows(
             return name, read_images(str(config.data), shape, pixels.levels, config.key), []
         names = described["column_names"], described["context_names"]
         return name, read_rows(str(config.data), math.prod(shape), *names, key=config.key), []
+    data = open_data(config, rebuild)
+    return config.split, data.split(config.split), data.notes
+
+
+def open_data(config: DictConfig, rebuild: dict[str, Any]) -> FlowDataModule:
+    """Return the data set of the training, wherever it lies now."""
     saved = OmegaConf.create(rebuild["config"])
     for key in ("root", "path"):
         if config.root is not None and key in saved.dataset:
             saved.dataset[key] = str(config.root)
     data = build_data(saved)
     check_same_rows(data.describe()["rows"], rebuild["data"]["rows"], str(data.name))
-    return config.split, data.split(config.split), data.notes
+    return data
 
 
 def main() -> None:

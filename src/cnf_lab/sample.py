@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
 from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.data.custom import read_rows
@@ -21,6 +20,7 @@ from cnf_lab.training.command import check_number, run_command
 from cnf_lab.training.pictures import save_grid, to_pixels
 from cnf_lab.training.plots import sample_plot
 from cnf_lab.training.run import choose_device, converged_solver, require_run, restore_flow, run_folder
+from cnf_lab.training.sample_metrics import draw
 
 log = logging.getLogger("cnf_lab")
 NUMBERS = (
@@ -105,27 +105,6 @@ def open_context(config: DictConfig, flow: Flow | VariationalAutoencoder, names:
             f"got shape {tuple(context.shape)}. Type {wanted}."
         )
     return context
-
-
-def draw(
-    flow: Flow | VariationalAutoencoder,
-    n: int,
-    context: Tensor | None,
-    batch_size: int,
-    temperature: float,
-    generator: torch.Generator,
-) -> np.ndarray:
-    """Draw n rows in batches."""
-    parts = []
-    for start in tqdm(range(0, n, batch_size), unit="batch", disable=None):
-        count = min(batch_size, n - start)
-        shared = context if context is None or len(context) == 1 else context[start : start + count]
-        given = None if shared is None else shared.to(generator.device)
-        if isinstance(flow, VariationalAutoencoder):
-            parts.append(flow.sample(count, generator, temperature).cpu())
-        else:
-            parts.append(flow.sample(count, given, generator, temperature).cpu())
-    return torch.cat(parts).numpy()
 
 
 def main() -> None:

@@ -117,7 +117,7 @@ def check_number(
 
     Args:
         config: The configuration.
-        name: Name of the option.
+        name: Name of the option, with dots where it lies in a node.
         kind: int, or float, which admits whole numbers too.
         least: Smallest value; for float the value must lie above it.
         typed: A value to suggest.
@@ -126,7 +126,7 @@ def check_number(
     Raises:
         ConfigError: If it is another thing, or too small.
     """
-    value = config[name]
+    value = OmegaConf.select(config, name, throw_on_missing=True)
     fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not (value is None and optional) and not (fits and (value >= least if kind is int else value > least)):
         wanted = f"a whole number of at least {least}" if kind is int else f"a number above {least}"
