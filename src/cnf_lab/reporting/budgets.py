@@ -1,0 +1,100 @@
+"""Error budgets and sample metrics of runs, out of evaluation.json, else out of metrics.json."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cnf_lab.reporting.collect import Run, is_number
+
+SOURCES = ("rows", "probes", "dequantisation", "draws", "solver")
+#: Suffixes of standard errors in metrics.json, by source.
+SUFFIXES = {"rows": "", "probes": "_trace", "dequantisation": "_dequantisation"}
+NORMAL = 1.96  # standard errors of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A number with its errors.
+
+    Attributes:
+        run: Number of the run.
+        name: What was evaluated: test, val, or rows.
+        quantity: Which likelihood.
+        value: The number.
+        unit: Its unit.
+        half_width: Of the interval; None where only single errors are known.
+        confidence: Of the interval.
+        sources: Half-width by source.
+        whole: Whether it comes from an evaluation, which bounds the solver's error too.
+    """
+
+    run: int
+    name: str
+    quantity: str
+    value: float
+    unit: str
+    half_width: float | None
+    confidence: float
+    sources: dict[str, float]
+    whole: bool
+
+
+def budgets(number: int, run: Run) -> list[Budget]:
+    """Return the budgets of a run; those of metrics.json where it was not evaluated.
+
+    Args:
+        number: Number of the run.
+        run: The run.
+    """
+    found = []
+    for name, evaluated in run.evaluation.items():
+        entries = evaluated.get("budget")
+        for quantity, entry in entries.items() if isinstance(entries, dict) else ():
+            if isinstance(entry, dict) and is_number(entry.get("value")):
+                given = entry.get("sources")
+                sources = {str(key): abs(float(value)) for key, value in given.items() if is_number(value)} if isinstance(given, dict) else {}
+                half = float(entry["half_width"]) if is_number(entry.get("half_width")) else None
+                confidence = float(entry["confidence"]) if is_number(entry.get("confidence")) else 0.95
+                unit = str(entry.get("unit") or "")
+                found.append(Budget(number, name, str(quantity), float(entry["value"]), unit, half, confidence, sources, True))
+    return found or list(_standard_errors(number, run))
+
+
+def _standard_errors(number: int, run: Run) -> Iterator[Budget]:
+    for split in ("test", "val"):
+        value = run.value(split)
+        errors = {source: run.value(split, f"{suffix}_standard_error") for source, suffix in SUFFIXES.items()}
+        sources = {source: NORMAL * error for source, error in errors.items() if error is not None}
+        if value is not None and sources:
+            yield Budget(number, split, run.quantity, value, run.unit, None, 0.95, sources, False)
+            return
+
+
+def grouped(found: Sequence[Budget], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return budgets by data set and quantity, each with the longest bar of the group."""
+    groups: dict[tuple[str, str, str], list[Budget]] = {}
+    for budget in found:
+        groups.setdefault((runs[budget.run].data, budget.quantity, budget.unit), []).append(budget)
+    return [
+        {"data": data, "quantity": quantity, "unit": unit, "rows": rows, "longest": _longest(rows)}
+        for (data, quantity, unit), rows in sorted(groups.items())
+    ]
+
+
+def _longest(rows: Sequence[Budget]) -> float:
+    return max((width for row in rows for width in (*row.sources.values(), row.half_width or 0.0)), default=0.0) or 1.0
+
+
+def sample_rows(number: int, run: Run) -> list[dict[str, Any]]:
+    """Return the sample metrics of a run, each beside its oracle.
+
+    Args:
+        number: Number of the run.
+        run: The run.
+    """
+    return [
+        {"run": number, "of": name, **{str(key): value for key, value in row.items()}}
+        for name, evaluated in run.evaluation.items()
+        for row in (evaluated.get("samples") if isinstance(evaluated.get("samples"), list) else ())
+        if isinstance(row, dict) and is_number(row.get("value"))
+    ]
