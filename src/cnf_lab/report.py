@@ -46,7 +46,9 @@ def report(arguments: Sequence[str]) -> Path:
     folders, options = parsed(arguments)
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigError(f"Expected a folder of runs, got {folder}, which is none. Type python -m cnf_lab.report outputs/.")
+            raise ConfigError(
+                f"Expected a folder of runs, got {folder}, which is none. Type python -m cnf_lab.report outputs/."
+            )
     runs, problems = collect(folders)
     if not runs:
         raise ConfigError(
@@ -60,12 +62,16 @@ def report(arguments: Sequence[str]) -> Path:
         page = write_report(runs, problems, output, title, limits, time.time())
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"Expected a folder that can be written, got {output} ({reason}). Type output=<folder>.") from error
+        raise ConfigError(
+            f"Expected a folder that can be written, got {output} ({reason}). Type output=<folder>."
+        ) from error
     for problem in problems:
         print(f"could not look into {problem}")
     states = [run.status for run in runs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    print(f"{len(runs)} runs ({counts}): {page}, {page.stat().st_size / 1e6:.1f} MB; report.md and report.csv beside it")
+    print(
+        f"{len(runs)} runs ({counts}): {page}, {page.stat().st_size / 1e6:.1f} MB; report.md and report.csv beside it"
+    )
     return page
 
 
@@ -84,12 +90,15 @@ def parsed(arguments: Sequence[str]) -> tuple[list[Path], dict[str, str | int | 
         key, sign, text = argument.partition("=")
         if not sign or Path(argument).is_dir():
             if argument.startswith("-"):
-                raise ConfigError(f"Expected folders and key=value, got {argument}. Type python -m cnf_lab.report --help.")
+                raise ConfigError(
+                    f"Expected folders and key=value, got {argument}. Type python -m cnf_lab.report --help."
+                )
             folders.append(Path(argument).expanduser())
         elif key not in KINDS:
             close = get_close_matches(key, KINDS, 1, 0.3)
             raise ConfigError(
-                f"Expected an option that exists, {', '.join(KINDS)}; got {key}." + (f" Type {close[0]}={text}." if close else "")
+                f"Expected an option that exists, {', '.join(KINDS)}; got {key}."
+                + (f" Type {close[0]}={text}." if close else "")
             )
         else:
             options[key] = _value(key, text)
@@ -107,7 +116,9 @@ def _value(key: str, text: str) -> str | int | float:
         value = -1
     if not LEAST[key] <= value <= 1e6:
         kind = "whole number" if KINDS[key] is int else "number"
-        raise ConfigError(f"Expected {key} to be a {kind} of at least {LEAST[key]}, got {text}. Type {key}={USUAL[key]}.")
+        raise ConfigError(
+            f"Expected {key} to be a {kind} of at least {LEAST[key]}, got {text}. Type {key}={USUAL[key]}."
+        )
     return value
 
 

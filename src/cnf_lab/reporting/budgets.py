@@ -52,11 +52,17 @@ def budgets(number: int, run: Run) -> list[Budget]:
         for quantity, entry in entries.items() if isinstance(entries, dict) else ():
             if isinstance(entry, dict) and is_number(entry.get("value")):
                 given = entry.get("sources")
-                sources = {str(key): abs(float(value)) for key, value in given.items() if is_number(value)} if isinstance(given, dict) else {}
+                sources = (
+                    {str(key): abs(float(value)) for key, value in given.items() if is_number(value)}
+                    if isinstance(given, dict)
+                    else {}
+                )
                 half = float(entry["half_width"]) if is_number(entry.get("half_width")) else None
                 confidence = float(entry["confidence"]) if is_number(entry.get("confidence")) else 0.95
                 unit = str(entry.get("unit") or "")
-                found.append(Budget(number, name, str(quantity), float(entry["value"]), unit, half, confidence, sources, True))
+                found.append(
+                    Budget(number, name, str(quantity), float(entry["value"]), unit, half, confidence, sources, True)
+                )
     return found or list(_standard_errors(number, run))
 
 

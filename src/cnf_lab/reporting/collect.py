@@ -306,11 +306,16 @@ def _natural(text: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() and part.isascii() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
-def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return for every run, by its path, the choices that not all runs have."""
-    common = set.intersection(*(set(run.overrides) for run in runs)) if runs else set()
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Return for every run the choices in which it differs from its neighbours in a sweep; alone, all that were typed.
+
+    Args:
+        runs: The runs.
+    """
     hidden = ("dataset=", "logger", "paths.", "threads=", "resume=")
-    return {
-        str(run.path): [item for item in run.overrides if item not in common and not item.startswith(hidden)]
-        for run in runs
-    }
+    together: dict[Path, list[set[str]]] = {}
+    for run in runs:
+        together.setdefault(run.path.parent, []).append(set(run.overrides))
+    common = {folder: set.intersection(*own) if len(own) > 1 else set() for folder, own in together.items()}
+    own = [[item for item in run.overrides if item not in common[run.path.parent]] for run in runs]
+    return [" ".join(item for item in items if not item.startswith(hidden)) for items in own]

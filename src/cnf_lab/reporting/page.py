@@ -48,7 +48,7 @@ def write_report(
         limits: What keeps the page small; Markdown and CSV have all runs.
         now: Seconds since 1970.
     """
-    choices = _choices(runs)
+    choices = [choice[:400] for choice in differing(runs)]
     rows = [table_row(run, choice) for run, choice in zip(runs, choices, strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.csv").write_text(to_csv(rows, runs))
@@ -57,11 +57,6 @@ def write_report(
     page = folder / "report.html"
     page.write_text(render(runs, choices, problems, title, limits, now), encoding="utf-8")
     return page
-
-
-def _choices(runs: Sequence[Run]) -> list[str]:
-    own = differing(runs)
-    return [" ".join(own[str(run.path)])[:400] for run in runs]
 
 
 def render(
@@ -105,7 +100,11 @@ class _Page:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
         environment = Environment(
-            loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+            loader=FileSystemLoader(ASSETS),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
         )
         environment.filters |= {"short": short, "spread": spread, "significant": _significant}
         runs, labels = self.runs, [run.name.rpartition("/")[2] for run in self.runs]
@@ -126,7 +125,11 @@ class _Page:
             ages=[_age(self.now - run.written) if run.written else "unknown" for run in runs],
             whens=[when(run.written) for run in runs],
             details=[details(run) for run in runs],
-            curves=curve_data(runs, [_label(run, choice, label) for run, choice, label in zip(runs, self.choices, labels, strict=True)], most),
+            curves=curve_data(
+                runs,
+                [_label(run, choice, label) for run, choice, label in zip(runs, self.choices, labels, strict=True)],
+                most,
+            ),
             points=most,
             gallery=gallery,
             left_out=left_out,
@@ -161,4 +164,10 @@ def _age(seconds: float) -> str:
 
 
 def _significant(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, int | float) and not isinstance(value, bool) else "–" if value is None else str(value)
+    return (
+        f"{value:.3g}"
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        else "–"
+        if value is None
+        else str(value)
+    )

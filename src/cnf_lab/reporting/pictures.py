@@ -62,7 +62,12 @@ def choose(runs: Sequence[Run], each: int, budget: int) -> tuple[list[Picture], 
         budget: Characters of all data URIs together.
     """
     files = [candidates(run) for run in runs]
-    queue = [(number, files[number][turn]) for turn in range(each) for number in range(len(runs)) if turn < len(files[number])]
+    queue = [
+        (number, files[number][turn])
+        for turn in range(each)
+        for number in range(len(runs))
+        if turn < len(files[number])
+    ]
     left_out = sum(max(0, len(own) - each) for own in files)
     chosen: list[Picture] = []
     for place, (number, file) in enumerate(queue):

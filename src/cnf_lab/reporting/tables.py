@@ -79,11 +79,15 @@ def to_csv(rows: Sequence[dict[str, Any]], runs: Sequence[Run]) -> str:
         context = run.context
         seed = context.get("seed", run.option("seed"))
         told = (run.reason, seed, _words(context.get("solver")), context.get("machine"), context.get("git"))
-        writer.writerow(["" if cell is None else cell for cell in (*row.values(), *told, when(run.written), run.command, run.path)])
+        writer.writerow(
+            ["" if cell is None else cell for cell in (*row.values(), *told, when(run.written), run.command, run.path)]
+        )
     return file.getvalue()
 
 
-def to_markdown(title: str, rows: Sequence[dict[str, Any]], runs: Sequence[Run], tables: Sequence[dict[str, Any]]) -> str:
+def to_markdown(
+    title: str, rows: Sequence[dict[str, Any]], runs: Sequence[Run], tables: Sequence[dict[str, Any]]
+) -> str:
     """Return the runs, those that did not end well, published numbers and commands as Markdown.
 
     Args:
@@ -94,7 +98,20 @@ def to_markdown(title: str, rows: Sequence[dict[str, Any]], runs: Sequence[Run],
     """
     counts = ", ".join(f"{sum(run.status == state for run in runs)} {state}" for state in STATES)
     lines = [f"# {_cell(title)}", "", f"{len(runs)} runs: {counts}.", ""]
-    head = ("run", "status", "data", "family", "choices", "test", "val", "unit", "steps", "seconds", "NFE", "parameters")
+    head = (
+        "run",
+        "status",
+        "data",
+        "family",
+        "choices",
+        "test",
+        "val",
+        "unit",
+        "steps",
+        "seconds",
+        "NFE",
+        "parameters",
+    )
     lines += _markdown_table(head, [_markdown_row(row) for row in rows])
     ended = [(run.name, run.status, run.reason) for run in runs if run.reason]
     if ended:
@@ -113,7 +130,17 @@ def _markdown_row(row: dict[str, Any]) -> tuple[str, ...]:
     tested = spread(row["test"], row["test_standard_error"])
     validated = spread(row["val"], row["val_standard_error"])
     numbers = [short(row[name]) for name in ("steps", "seconds", "nfe", "parameters")]
-    return (row["run"], row["status"], row["data"], row["family"], row["choices"], tested, validated, row["unit"], *numbers)
+    return (
+        row["run"],
+        row["status"],
+        row["data"],
+        row["family"],
+        row["choices"],
+        tested,
+        validated,
+        row["unit"],
+        *numbers,
+    )
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
