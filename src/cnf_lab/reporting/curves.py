@@ -80,7 +80,7 @@ def _summed(means: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def curve_data(runs: Sequence[Run], labels: Sequence[str], most: int) -> list[dict[str, Any]]:
-    """Return what the page draws: a panel per data set and likelihood, with its runs.
+    """Return what the page draws: a panel per data set and likelihood, that of most runs first.
 
     Args:
         runs: The runs of the page.
@@ -95,4 +95,4 @@ def curve_data(runs: Sequence[Run], labels: Sequence[str], most: int) -> list[di
             title = f"{run.data}: {run.quantity.replace('_', ' ').replace('nll', 'NLL').replace('elbo', 'ELBO')}"
             panel = panels.setdefault(key, {"title": title, "unit": run.unit, "runs": []})
             panel["runs"].append({"id": number, "label": label, **drawn})
-    return [panels[key] for key in sorted(panels)]
+    return [panels[key] for key in sorted(panels, key=lambda key: (-len(panels[key]["runs"]), key))]

@@ -133,6 +133,7 @@ class _Page:
             points=most,
             gallery=gallery,
             left_out=left_out,
+            limits=limits,
             budgets=grouped(found, runs),
             sources=SOURCES,
             normal=NORMAL,
