@@ -147,9 +147,7 @@ def test_links_are_followed_once(zoo: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["metrics.json", "config_resolved.yaml", "evaluation.json", "metrics.csv", "FAILED"])
-@pytest.mark.parametrize(
-    "content", [b"", b"\xff\xfe\x00{", b"[1, 2]", b"{{{: -\n\t- ]", b"step,val/nll\nx,y\n", b"null"]
-)
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\0{", b"[1, 2]", b"{{: -\n\t- ]", b"step,val/nll\nx,y\n", b"null"])
 def test_no_damage_ends_in_a_traceback(file: str, content: bytes, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     (folder / file).write_bytes(content)
@@ -336,7 +334,8 @@ def test_a_place_that_cannot_be_written_is_named(zoo: Path) -> None:
     assert parsed([str(zoo), "output=a", "runs=5"]) == ([zoo], {"output": "a", "runs": 5})
 
 
-PROBE = r"""<!doctype html><body><pre id="found"></pre><iframe id="frame" src="report.html" width="380" height="900"></iframe>
+PROBE = r"""<!doctype html><body><pre id="found"></pre>
+<iframe id="frame" src="report.html" width="380" height="900"></iframe>
 <script>
 document.getElementById("frame").addEventListener("load", async (event) => {
   const frame = event.target.contentWindow, page = frame.document, found = {};

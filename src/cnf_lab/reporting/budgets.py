@@ -98,9 +98,10 @@ def sample_rows(number: int, run: Run) -> list[dict[str, Any]]:
         number: Number of the run.
         run: The run.
     """
-    return [
-        {"run": number, "of": name, **{str(key): value for key, value in row.items()}}
-        for name, evaluated in run.evaluation.items()
-        for row in (evaluated.get("samples") if isinstance(evaluated.get("samples"), list) else ())
-        if isinstance(row, dict) and is_number(row.get("value"))
-    ]
+    found = []
+    for name, evaluated in run.evaluation.items():
+        samples = evaluated.get("samples")
+        for row in samples if isinstance(samples, list) else ():
+            if isinstance(row, dict) and is_number(row.get("value")):
+                found.append({**{str(key): value for key, value in row.items()}, "run": number, "of": name})
+    return found

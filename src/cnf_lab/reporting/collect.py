@@ -19,7 +19,7 @@ MARKS = ("metrics.json", "FAILED", "config_resolved.yaml", "metrics.csv", ".hydr
 SKIPPED = {"checkpoints", "plots", "wandb", "evaluation", "samples", ".hydra", ".git", "__pycache__"}
 LONGEST = 2_000_000  # bytes of a file of text that is still read
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-Series = dict[str, list[tuple[int, float]]]
+Series = dict[str, list[tuple[float, float]]]
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Run:
     def steps(self) -> float | None:
         """Optimiser steps."""
         logged = [points[-1][0] for name, points in self.series.items() if not name.startswith("test/")]
-        return self.metrics.get("train/steps", float(max(logged)) if logged else None)
+        return self.metrics.get("train/steps", max(logged) if logged else None)
 
     @property
     def seconds(self) -> float | None:
@@ -136,7 +136,7 @@ def find_runs(roots: Sequence[Path]) -> tuple[list[Path], list[str]]:
     found: list[Path] = []
     problems: list[str] = []
     seen: set[tuple[int, int]] = set()
-    waiting, links = [root for root in reversed(roots)], []
+    waiting, links = list(reversed(roots)), list[Path]()
     while waiting or links:
         folder = waiting.pop() if waiting else links.pop(0)
         try:
@@ -213,7 +213,7 @@ def read_series(run: Run) -> Series:
     Args:
         run: The run, which learns of what could not be read.
     """
-    columns: dict[str, dict[int, float]] = {}
+    columns: dict[str, dict[float, float]] = {}
     path = run.path / "metrics.csv"
     try:
         with path.open(newline="", errors="replace") as file:
@@ -226,10 +226,10 @@ def read_series(run: Run) -> Series:
     return {name: sorted(values.items()) for name, values in columns.items()}
 
 
-def _take(row: dict[Any, Any], columns: dict[str, dict[int, float]]) -> None:
+def _take(row: dict[Any, Any], columns: dict[str, dict[float, float]]) -> None:
     if not row.get("step"):
         return
-    done = int(row["step"]) + 1  # Lightning numbers the rows by the last step, from 0
+    done = float(int(row["step"]) + 1)  # Lightning numbers the rows by the last step, from 0
     for name, text in row.items():
         if name not in (None, "step", "epoch") and text:
             value = float(text)

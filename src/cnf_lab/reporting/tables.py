@@ -163,7 +163,7 @@ def spread(value: float | None, error: float | None) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
-def short(value: float | None) -> str:
+def short(value: float | int | None) -> str:
     """Return a count or a time in a form that is read at once."""
     if value is None:
         return ""
