@@ -216,7 +216,7 @@ def read_series(run: Run) -> Series:
     columns: dict[str, dict[float, float]] = {}
     path = run.path / "metrics.csv"
     try:
-        with path.open(newline="", errors="replace") as file:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
             for row in csv.DictReader(line.replace("\0", "") for line in file):
                 _take(row, columns)
     except FileNotFoundError:
@@ -248,7 +248,7 @@ def _text(run: Run, file: str, tail: bool = True) -> str:
         if tail and path.stat().st_size > LONGEST:
             run.problems.append(f"{file}: larger than {LONGEST:,} bytes")
             return ""
-        with path.open(errors="replace") as opened:
+        with path.open(encoding="utf-8", errors="replace") as opened:
             return opened.read(LONGEST)
     except FileNotFoundError:
         return ""

@@ -51,9 +51,9 @@ def write_report(
     choices = [choice[:400] for choice in differing(runs)]
     rows = [table_row(run, choice) for run, choice in zip(runs, choices, strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.csv").write_text(to_csv(rows, runs))
+    (folder / "report.csv").write_text(to_csv(rows, runs), encoding="utf-8", newline="")
     names = [run.name for run in runs]
-    (folder / "report.md").write_text(to_markdown(title, rows, runs, beside(list(runs), names)))
+    (folder / "report.md").write_text(to_markdown(title, rows, runs, beside(list(runs), names)), encoding="utf-8")
     page = folder / "report.html"
     page.write_text(render(runs, choices, problems, title, limits, now), encoding="utf-8")
     return page
@@ -140,8 +140,8 @@ class _Page:
             samples=[row for number, run in enumerate(runs) for row in sample_rows(number, run)],
             published=beside(list(runs), labels),
             configurations=packed([run.config_text[:LONGEST] for run in runs]),
-            style=(ASSETS / "report.css").read_text(),
-            script=(ASSETS / "report.js").read_text(),
+            style=(ASSETS / "report.css").read_text("utf-8"),
+            script=(ASSETS / "report.js").read_text("utf-8"),
         )
 
 

@@ -13,6 +13,7 @@ from cnf_lab.reporting.collect import Run
 ORDER = ("samples", "density", "marginals", "reconstructions", "trajectories", "pairs", "walks", "strip")
 WIDTHS = (560, 420, 300, 200, 130)
 QUALITY = 78
+SMALLEST = 1500  # characters, below which no picture is tried
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def choose(runs: Sequence[Run], each: int, budget: int) -> tuple[list[Picture], 
     chosen: list[Picture] = []
     for place, (number, file) in enumerate(queue):
         # An even share of what is left, so that many runs get small pictures rather than some none.
-        share = max(1500, budget // min(len(queue) - place, max(len(runs), 1)))
-        picture = shrink(number, file, min(share, budget))
+        share = max(SMALLEST, budget // min(len(queue) - place, max(len(runs), 1)))
+        picture = shrink(number, file, min(share, budget)) if budget >= SMALLEST else None
         if picture is None:
             left_out += 1
             continue
@@ -98,7 +99,7 @@ def shrink(run: int, file: Path, most: int) -> Picture | None:
             small = image.copy()
             small.thumbnail((width, 2 * width))
             content = io.BytesIO()
-            small.save(content, "WEBP", quality=QUALITY, method=4)
+            small.save(content, "WEBP", quality=QUALITY, method=2)
             uri = "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
             if len(uri) <= most:
                 return Picture(run, file.stem, uri, *small.size)

@@ -34,7 +34,7 @@ class Row:
 @cache
 def published() -> dict[str, Any]:
     """Return the file of published numbers."""
-    loaded: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
+    loaded: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text("utf-8"))
     return loaded
 
 
