@@ -54,11 +54,10 @@ def _evaluated(number: int, run: Run, name: str, numbers: dict[str, Any]) -> Bud
     quantity = run.quantity
     if not is_number(numbers.get(quantity)):
         return None
-    errors = {source: numbers.get(f"{quantity}{suffix}_standard_error") for source, suffix in SUFFIXES.items()}
-    sources = {source: NORMAL * abs(float(error)) for source, error in errors.items() if is_number(error)}
-    gap = numbers.get(f"{quantity}_solver_gap")
-    if is_number(gap):
-        sources["solver"] = abs(float(gap))
+    names = {source: f"{quantity}{suffix}_standard_error" for source, suffix in SUFFIXES.items()}
+    sources = {source: NORMAL * abs(numbers[name]) for source, name in names.items() if is_number(numbers.get(name))}
+    if is_number(numbers.get(f"{quantity}_solver_gap")):
+        sources["solver"] = abs(numbers[f"{quantity}_solver_gap"])
     # The spread of rows holds that of their probes and draws; an error of the solver is no chance, and adds.
     half = sources["rows"] + sources.get("solver", 0.0) if "rows" in sources else None
     return Budget(number, name, quantity, float(numbers[quantity]), run.unit, half, 0.95, sources, "solver" in sources)
