@@ -430,7 +430,7 @@ def test_a_sweep_with_a_killed_job(tmp_path: Path) -> None:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, choices in (
-        ("density", ["-m", "dataset=line,moons", "seed=0,1"]),
+        ("density", ["-m", "dataset=line", "seed=0,1"]),
         ("vae", ["-m", *vae, "posterior=none,planar"]),
         ("image", ["-m", "dataset=digits,custom"]),  # custom without a file fails
     ):
@@ -447,7 +447,7 @@ def test_a_sweep_with_a_killed_job(tmp_path: Path) -> None:
     page = report([str(tmp_path / "outputs")])
     rows = {row["run"]: row for row in csv.DictReader((page.parent / "report.csv").read_text().splitlines())}
     states = [row["status"] for row in rows.values()]
-    assert (states.count("done"), states.count("failed"), states.count("unfinished")) == (7, 1, 1)
+    assert (states.count("done"), states.count("failed"), states.count("unfinished")) == (5, 1, 1), rows
     assert {row["family"] for row in rows.values() if row["status"] == "done"} == {"density", "image", "vae"}
     assert rows["killed"]["status"] == "unfinished"
     assert page.stat().st_size < 5e6
