@@ -423,7 +423,8 @@ def test_a_sweep_with_a_killed_job(tmp_path: Path) -> None:
     vae = [
         "dataset=digits",
         "model=vae",
-        "model.latent=4",
+        "objective=elbo",
+        "model.latent=8",
         "model.features=8",
         "schedule=constant",
         "trainer.precision=32-true",
