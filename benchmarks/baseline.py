@@ -11,6 +11,7 @@ References:
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -209,7 +210,37 @@ def _loop(value: Tensor, x: Tensor, graph: bool) -> Tensor:
     return div
 
 
-class AmortisedBaseline:
+class Blocks(ABC):
+    """Blocks of the original one after the other, whatever lies between them; their evaluations add up."""
+
+    blocks: list[Baseline]
+
+    @property
+    def nfe_forward(self) -> int:
+        """Evaluations of the solves forward."""
+        return sum(block.nfe_forward for block in self.blocks)
+
+    @property
+    def nfe_backward(self) -> int:
+        """Evaluations since the end of the solves."""
+        return sum(block.nfe_backward for block in self.blocks)
+
+    @abstractmethod
+    def pull_back(self, x: Tensor, probes: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return the latents (batch, D) and the log-det (batch,).
+
+        Args:
+            x: Data.
+            probes: A probe for each block; None for the exact divergence.
+        """
+
+    def log_prob(self, x: Tensor, probes: Sequence[Tensor] | None = None) -> Tensor:
+        """Return log-density of the standard normal at the latents plus log-det, in nats."""
+        z, log_det = self.pull_back(x, probes)
+        return -0.5 * (z.square().sum(dim=1) + z.shape[1] * math.log(2 * math.pi)) + log_det
+
+
+class AmortisedBaseline(Blocks):
     """The original's posterior of an autoencoder: blocks whose weights each row gets from its features, linearly.
 
     Args:
@@ -222,16 +253,6 @@ class AmortisedBaseline:
         self.blocks, self.amortisers, self.features = list(blocks), list(amortisers), features
         parts = [part for pair in zip((block.network for block in blocks), amortisers, strict=True) for part in pair]
         self.network = nn.ModuleList(parts)
-
-    @property
-    def nfe_forward(self) -> int:
-        """Evaluations of the solves forward."""
-        return sum(block.nfe_forward for block in self.blocks)
-
-    @property
-    def nfe_backward(self) -> int:
-        """Evaluations since the end of the solves."""
-        return sum(block.nfe_backward for block in self.blocks)
 
     def pull_back(self, x: Tensor, probes: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return the latents (batch, D) at the end of the last block, and the log-det (batch,).
@@ -249,13 +270,8 @@ class AmortisedBaseline:
             log_det = log_det + part
         return x, log_det
 
-    def log_prob(self, x: Tensor, probes: Sequence[Tensor] | None = None) -> Tensor:
-        """Return log-density of the prior at the latents plus log-det, in nats."""
-        z, log_det = self.pull_back(x, probes)
-        return -0.5 * (z.square().sum(dim=1) + z.shape[1] * math.log(2 * math.pi)) + log_det
 
-
-class MultiscaleBaseline:
+class MultiscaleBaseline(Blocks):
     """The original's multiscale flow of images: blocks, squeezes, and half of the channels factored out.
 
     Args:
@@ -268,24 +284,18 @@ class MultiscaleBaseline:
         self.blocks, self.scales, self.per_scale = list(blocks), scales, per_scale
         self.network = nn.ModuleList(block.network for block in blocks)
 
-    @property
-    def nfe_forward(self) -> int:
-        """Evaluations of the solves forward."""
-        return sum(block.nfe_forward for block in self.blocks)
-
-    @property
-    def nfe_backward(self) -> int:
-        """Evaluations since the end of the solves."""
-        return sum(block.nfe_backward for block in self.blocks)
-
-    def pull_back(self, x: Tensor, probes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def pull_back(self, x: Tensor, probes: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return the latents (batch, D), what leaves first in front, and the log-det (batch,).
 
         Args:
             x: Images (batch, channels, height, width).
             probes: A probe for each block.
         """
-        log_det, leaving, steps = x.new_zeros(len(x)), [], zip(self.blocks, probes, strict=True)
+        log_det, leaving, steps = (
+            x.new_zeros(len(x)),
+            [],
+            zip(self.blocks, probes or [None] * len(self.blocks), strict=True),
+        )
         for scale in range(self.scales):
             for half in range(1 if scale == self.scales - 1 else 2):
                 if half == 1:
@@ -298,8 +308,3 @@ class MultiscaleBaseline:
                 x, out = x.chunk(2, dim=1)
                 leaving.append(out.flatten(1))
         return torch.cat([*leaving, x.flatten(1)], dim=1), log_det
-
-    def log_prob(self, x: Tensor, probes: Sequence[Tensor]) -> Tensor:
-        """Return the log-density of each image in nats."""
-        z, log_det = self.pull_back(x, probes)
-        return -0.5 * (z.square().sum(dim=1) + z.shape[1] * math.log(2 * math.pi)) + log_det

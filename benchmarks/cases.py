@@ -9,6 +9,7 @@ import torch
 from baseline import (
     AmortisedBaseline,
     Baseline,
+    Blocks,
     ConcatConv2d,
     ConcatSquashLinear,
     LowRankNetwork,
@@ -110,7 +111,7 @@ class Case:
         blocks = [(view, ContinuousFlow(self.field(device, view), solver, estimator)) for view in self.views]
         return Chain([Viewed(block, view) for view, block in blocks]) if self.scales else blocks[0][1]
 
-    def baseline(self, device: str, **options: Any) -> Baseline | MultiscaleBaseline | AmortisedBaseline:
+    def baseline(self, device: str, **options: Any) -> Baseline | Blocks:
         """Return the baseline's block, or its blocks."""
         blocks = [Baseline(self.network(device, view), **options) for view in self.views]
         return MultiscaleBaseline(blocks, self.scales, BLOCKS) if self.scales else blocks[0]
@@ -316,7 +317,7 @@ class Theirs:
     def __init__(
         self,
         case: Case,
-        baseline: Baseline | MultiscaleBaseline | AmortisedBaseline,
+        baseline: Baseline | Blocks,
         device: str,
         exact: bool = False,
         train: bool = True,

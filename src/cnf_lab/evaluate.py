@@ -102,12 +102,14 @@ def evaluate(config: DictConfig) -> float:
     model.set_evaluation(solver, divergence)
     model.to(choose_device(config.device), PRECISIONS[choices["precision"]])
 
-    name, rows, notes = open_rows(config, model, rebuild)
+    data = open_data(config, rebuild) if config.data is None or config.samples else None
+    name, rows, notes = open_rows(config, model, rebuild, data)
     tight = converged_solver(config.method, choices["atol"] / 100, choices["rtol"] / 100)
     samples = {}
     if config.samples:  # first, for a check leaves the model in float64 and with a tight solver
-        training, together = open_data(config, rebuild).split("train"), pass_rows(config, model)
-        samples["samples"] = sample_findings(model, rows, training, config.sample_metrics, together)
+        assert data is not None
+        together = pass_rows(config, model)
+        samples["samples"] = sample_findings(model, rows, data.split("train"), config.sample_metrics, together)
     if isinstance(model, VariationalAutoencoder):
         found = autoencoder_findings(model, rows, config, tight, divergence)
     else:
@@ -294,7 +296,7 @@ def spread(numbers: dict[str, float], quantity: str) -> str:
 
 
 def open_rows(
-    config: DictConfig, model: Flow | VariationalAutoencoder, rebuild: dict[str, Any]
+    config: DictConfig, model: Flow | VariationalAutoencoder, rebuild: dict[str, Any], data: FlowDataModule | None
 ) -> tuple[str, Rows, list[str]]:
     """Return a name, the rows to evaluate, and what every number from them must say."""
     if config.data is not None:
@@ -304,7 +306,7 @@ def open_rows(
             return name, read_images(str(config.data), shape, pixels.levels, config.key), []
         names = described["column_names"], described["context_names"]
         return name, read_rows(str(config.data), math.prod(shape), *names, key=config.key), []
-    data = open_data(config, rebuild)
+    assert data is not None
     return config.split, data.split(config.split), data.notes
 
 

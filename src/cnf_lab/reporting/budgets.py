@@ -1,6 +1,6 @@
 """Errors of likelihoods, and sample metrics, of runs: out of their evaluations, else out of metrics.json."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,7 @@ def _evaluated(number: int, run: Run, name: str, numbers: dict[str, Any]) -> Bud
     quantity = run.quantity
     if not is_number(numbers.get(quantity)):
         return None
-    names = {source: f"{quantity}{suffix}_standard_error" for source, suffix in SUFFIXES.items()}
-    sources = {source: NORMAL * abs(numbers[name]) for source, name in names.items() if is_number(numbers.get(name))}
+    sources = _half_widths(numbers, quantity)
     if is_number(numbers.get(f"{quantity}_solver_gap")):
         sources["solver"] = abs(numbers[f"{quantity}_solver_gap"])
     # The spread of rows holds that of their probes and draws; an error of the solver is no chance, and adds.
@@ -63,11 +62,15 @@ def _evaluated(number: int, run: Run, name: str, numbers: dict[str, Any]) -> Bud
     return Budget(number, name, quantity, float(numbers[quantity]), run.unit, half, 0.95, sources, "solver" in sources)
 
 
+def _half_widths(numbers: Mapping[str, Any], quantity: str) -> dict[str, float]:
+    names = {source: f"{quantity}{suffix}_standard_error" for source, suffix in SUFFIXES.items()}
+    return {source: NORMAL * abs(numbers[name]) for source, name in names.items() if is_number(numbers.get(name))}
+
+
 def _standard_errors(number: int, run: Run) -> Iterator[Budget]:
     for split in ("test", "val"):
         value = run.value(split)
-        errors = {source: run.value(split, f"{suffix}_standard_error") for source, suffix in SUFFIXES.items()}
-        sources = {source: NORMAL * error for source, error in errors.items() if error is not None}
+        sources = _half_widths(run.metrics, f"{split}/{run.quantity}")
         if value is not None and sources:
             yield Budget(number, split, run.quantity, value, run.unit, None, 0.95, sources, False)
             return
