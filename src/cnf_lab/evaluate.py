@@ -1,39 +1,31 @@
 """Evaluate a run: ``python -m cnf_lab.evaluate run=outputs/density/miniboone/...``."""
 
+import json
 import logging
 import math
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.data import FlowDataModule, Rows
 from cnf_lab.data.custom import read_rows
 from cnf_lab.data.images import read_images
 from cnf_lab.errors import ConfigError
-from cnf_lab.flows import Flow, UniformDequantiser, continuous_blocks
-from cnf_lab.ode import OdeSolver
-from cnf_lab.trace import DivergenceEstimator, Exact, Hutchinson, Rademacher
-from cnf_lab.training.bounds import elbo_gap, elbo_numbers, elbos, importance_numbers, importance_weighted
+from cnf_lab.flows import continuous_blocks
 from cnf_lab.training.build import build_data
+from cnf_lab.training.checks import Evaluated
 from cnf_lab.training.command import check_number, run_command
-from cnf_lab.training.likelihoods import (
-    Likelihoods,
-    image_numbers,
-    log_likelihoods,
-    nll_numbers,
-    solver_gap,
-    uniformly,
-)
+from cnf_lab.training.evaluation import Findings, findings
+from cnf_lab.training.evaluation_table import report
+from cnf_lab.training.relaunch import one_job
 from cnf_lab.training.run import (
     check_same_rows,
     choose_device,
-    converged_solver,
     environment,
     require_run,
     restore_flow,
@@ -41,6 +33,8 @@ from cnf_lab.training.run import (
     write_json,
 )
 from cnf_lab.training.sample_metrics import check_samples, report_samples, sample_findings
+from cnf_lab.training.settings import AnyModel, Settings, chosen, is_of_images
+from cnf_lab.training.shares import started
 
 log = logging.getLogger("cnf_lab")
 #: Options that are numbers: kind, least value, a value to type, and whether null is admitted.
@@ -53,33 +47,14 @@ NUMBERS = (
     ("chunk", int, 1, "16", True),
     ("draws", int, 1, "10", False),
     ("probes", int, 1, "4", False),
-    ("check", int, 0, "20", False),
+    ("check", int, 0, "20", True),
+    ("check_exact", int, 0, "4", True),
+    ("digits", int, 0, "2", False),
     ("iwae_draws", int, 0, "5000", False),
     ("iwae_limit", int, 1, "100", True),
+    ("processes", int, 1, "2", False),
     ("seed", int, 0, "0", False),
 )
-PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
-MANY = 256  # entries of an image above which divergence=auto goes by probes
-#: What else bounds the likelihood, with some words on it.
-BOUNDS = {
-    "bits_per_dim": "in bits/dim",
-    "bits_per_dim_uniform_1": "one draw of uniform noise, as published numbers have it",
-    "bits_per_dim_importance_weighted": "importance-weighted with {draws} draws",
-    "negative_iwae_bound": "minus the importance-weighted bound with {iwae_draws} draws, of the first images",
-    "bits_per_dim_iwae": "the same in bits/dim",
-}
-#: Where errors of a mean come from, besides the finite number of rows.
-SOURCES = {"dequantisation": "dequantisation draws", "draws": "draws of the posterior", "trace": "probes"}
-#: Numbers that no error belongs to.
-QUALITIES = {
-    "reconstruction": "reconstruction, nats",
-    "negative_elbo_of_iwae_images": "negative ELBO of the images of that bound",
-    "kl": "KL of the posterior from the prior, nats",
-    "active_units": "active units",
-    "effective_sample_size_median": "effective sample size of {iwae_draws}, median",
-    "effective_sample_size_least": "effective sample size of {iwae_draws}, least",
-}
-VISIBLE = {"bits_per_dim": 5e-4, "negative_elbo": 5e-3}  # changes that a number to two decimals would show
 
 
 def evaluate(config: DictConfig) -> float:
@@ -91,212 +66,99 @@ def evaluate(config: DictConfig) -> float:
     Returns:
         The mean NLL in nats per row, or in bits/dim for images, or the mean negative ELBO in nats.
     """
-    for name, kind, least, typed, optional in NUMBERS:
-        check_number(config, name, kind, least, typed, optional)
-    check_samples(config)
+    check(config)
     run = require_run(config.run)
     model, rebuild = restore_flow(run)
-    choices = chosen(config, model)
-    solver = converged_solver(config.method, choices["atol"], choices["rtol"])
-    divergence = choices["divergence"]
-    model.set_evaluation(solver, divergence)
-    model.to(choose_device(config.device), PRECISIONS[choices["precision"]])
+    settings = chosen(config, model)
+    shares, device = started(config.processes, choose_device(config.device))
+    model.to(device)
 
     data = open_data(config, rebuild) if config.data is None or config.samples else None
     name, rows, notes = open_rows(config, model, rebuild, data)
-    tight = converged_solver(config.method, choices["atol"] / 100, choices["rtol"] / 100)
-    samples = {}
-    if config.samples:  # first, for a check leaves the model in float64 and with a tight solver
-        assert data is not None
-        together = pass_rows(config, model)
-        samples["samples"] = sample_findings(model, rows, data.split("train"), config.sample_metrics, together)
-    if isinstance(model, VariationalAutoencoder):
-        found = autoencoder_findings(model, rows, config, tight, divergence)
-    else:
-        found = flow_findings(model, rows, config, tight, divergence)
+    together = config.batch_size or (200 if is_of_images(model) else 2000)
+    what = Evaluated(rows, together, config.seed, shares)
+    found = findings(model, what, config, settings)
+    if not shares.first:
+        return found.numbers[found.quantity]
 
-    solved = bool(continuous_blocks(model))  # or mapped in closed form
-    folder = Path(config.output) if config.output else run_folder(run) / "evaluation"
-    context = {
-        "run": str(run),
-        "split": config.split if config.data is None else None,
-        "file": config.data,
-        "limit": config.limit,
-        "rows": found.per_row.shape[1],
-        "draws": found.draws,
-        "iwae_draws": config.iwae_draws or None,
-        "iwae_limit": config.iwae_limit,
-        "unit": found.unit,
-        "notes": notes,
-        "solver": solver.describe() if solved else None,
-        "trace": told(divergence, model) if solved else None,
-        "precision": choices["precision"],
-        "nfe": found.nfe,
-        "seed": rebuild["config"]["seed"],
-        **environment(),
-    }
-    write_json(folder / f"{name}.json", {**found.numbers, **samples, "context": context})
-    per_row = found.per_row if len(found.per_row) > 1 else found.per_row[0]
-    np.save(folder / f"{name}_{found.per_row_name}.npy", per_row.numpy())
+    written: dict[str, Any] = {**found.numbers, "budget": {key: own.described() for key, own in found.budgets.items()}}
+    if config.samples:
+        assert data is not None
+        written["samples"] = sample_findings(model, rows, data.split("train"), config.sample_metrics, together)
+    context = described(config, run, model, found, rebuild, notes)
+    folder = Path(config.output) if config.output else run_folder(run)
+    per_row = folder / "evaluation" / f"{name}_{found.per_row_name}.npy"
+    per_row.parent.mkdir(parents=True, exist_ok=True)
+    values = found.per_row if len(found.per_row) > 1 else found.per_row[0]
+    np.save(per_row, values.numpy())
+    add(folder / "evaluation.json", name, {**written, "context": context})
     for note in notes:
         log.warning("%s", note)
     report(name, found, context)
     if config.samples:
-        report_samples(samples["samples"])
-    log.info("%s of every row: %s", found.per_row_name, folder / f"{name}_{found.per_row_name}.npy")
+        report_samples(written["samples"])
+    log.info("%s, and %s of every row: %s", folder / "evaluation.json", found.per_row_name, per_row)
     return found.numbers[found.quantity]
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What was found of some rows.
-
-    Attributes:
-        numbers: Means and their errors by name.
-        quantity: The name of the first of them.
-        unit: Its unit.
-        per_row: The same per draw and row, as log-densities or bounds of them (draws, rows).
-        per_row_name: What these are.
-        nfe: Evaluations of all solves.
-        draws: Draws per row; None where nothing is drawn.
-    """
-
-    numbers: dict[str, float]
-    quantity: str
-    unit: str
-    per_row: Tensor
-    per_row_name: str
-    nfe: int
-    draws: int | None
+def check(config: DictConfig) -> None:
+    """Check the options that are numbers, yes or no, or belong together."""
+    for name, kind, least, typed, optional in NUMBERS:
+        check_number(config, name, kind, least, typed, optional)
+    for name in ("converge", "mass"):
+        if not isinstance(config[name], bool):
+            raise ConfigError(f"Expected {name} to be true or false, got {config[name]}. Type {name}=true.")
+    if config.converge and config.check == 0:
+        raise ConfigError("Expected rows to check for converge=true, got check=0. Leave out check, or type check=20.")
+    if config.check == 1:
+        raise ConfigError("Expected check to be 0 or at least 2, for one row tells no spread, got 1. Type check=20.")
+    check_samples(config)
 
 
-def flow_findings(
-    flow: Flow, rows: Rows, config: DictConfig, tight: OdeSolver, divergence: DivergenceEstimator
-) -> Findings:
-    """Return the likelihood of rows, in nats, or of images, in bits/dim too."""
-    images = flow.dequantiser is not None
-    draws = config.draws if images else 1
-    found = log_likelihoods(flow, rows, pass_rows(config, flow), config.limit, draws, config.seed)
-    if not images:
-        return Findings(nll_numbers(found), "nll", "nats", found.log_prob, "log_prob", found.nfe, None)
-    numbers = image_likelihoods(flow, rows, found, config)
-    if draws > 1 and found.trace_error is not None:
-        log.info(
-            "no importance-weighted bound: the noise of probes would pass for a better one. Type divergence=exact."
-        )
-    if config.check and continuous_blocks(flow):
-        numbers |= solver_gap(flow, rows, config.check, tight, divergence, config.seed)
-    return Findings(numbers, "bits_per_dim", "bits/dim", found.log_prob, "log_prob", found.nfe, draws)
-
-
-def autoencoder_findings(
-    model: VariationalAutoencoder, rows: Rows, config: DictConfig, tight: OdeSolver, divergence: DivergenceEstimator
-) -> Findings:
-    """Return the ELBO of images and, if asked for, the importance-weighted bound."""
-    found = elbos(model, rows, pass_rows(config, model), config.limit, config.draws, config.seed)
-    numbers = elbo_numbers(found, model)
-    if config.iwae_draws:
-        limit = min(config.iwae_limit or len(rows), config.limit or len(rows))
-        if found.trace_error is not None:
-            raise ConfigError(
-                "Expected divergence=exact for the importance-weighted bound, which the noise of probes would pass "
-                f"for a better one, got {config.divergence}. Type divergence=exact, or iwae_draws=0."
-            )
-        weighted = importance_weighted(model, rows, config.iwae_draws, pass_rows(config, model), limit, config.seed)
-        numbers |= importance_numbers(weighted, model)
-        numbers["negative_elbo_of_iwae_images"] = -float(found.log_weight[:, :limit].mean())
-    if config.check and continuous_blocks(model):
-        numbers |= elbo_gap(model, rows, config.check, tight, divergence, config.seed)
-    return Findings(numbers, "negative_elbo", "nats", found.log_weight, "elbo", found.nfe, config.draws)
-
-
-def pass_rows(config: DictConfig, model: Flow | VariationalAutoencoder) -> int:
-    """Return how many rows, images or latents are solved and decoded at once."""
-    return config.batch_size or (200 if is_of_images(model) else 2000)
-
-
-def is_of_images(model: Flow | VariationalAutoencoder) -> bool:
-    """Whether a model is one of pixels."""
-    return isinstance(model, VariationalAutoencoder) or model.dequantiser is not None
-
-
-def chosen(config: DictConfig, model: Flow | VariationalAutoencoder) -> dict[str, Any]:
-    """Return precision, tolerances and divergence, with what is left open decided by what is modelled."""
-    images = is_of_images(model)
-    precision = config.precision or ("float32" if images else "float64")
-    if precision not in PRECISIONS:
-        raise ConfigError(f"Expected precision float64 or float32, got {precision}. Type precision=float64.")
-    traces = {"exact": Exact(config.memory, config.chunk), "hutchinson": Hutchinson(Rademacher(), config.probes)}
-    if config.divergence not in (*traces, "auto"):
-        raise ConfigError(
-            f"Expected divergence to be auto, exact or hutchinson, got {config.divergence}. Type divergence=auto."
-        )
-    fields = [block.field for block in continuous_blocks(model)]
-    large = images and any(math.prod(field.event_shape) > MANY and not field.has_closed_form for field in fields)
-    usual = 1e-5 if images else 1e-7
+def described(
+    config: DictConfig, run: Path, model: AnyModel, found: Findings, rebuild: dict[str, Any], notes: list[str]
+) -> dict[str, Any]:
+    """Return what the numbers depend on."""
+    settings = found.settings
+    solved = bool(continuous_blocks(model))  # or mapped in closed form
     return {
-        "precision": precision,
-        "atol": config.atol or usual,
-        "rtol": config.rtol or usual,
-        "divergence": traces[config.divergence if config.divergence != "auto" else "hutchinson" if large else "exact"],
+        "run": str(run),
+        "split": config.split if config.data is None else None,
+        "file": config.data,
+        "limit": config.limit,
+        **found.counts,
+        "digits": config.digits,
+        "unit": found.unit,
+        "notes": notes,
+        "solver": settings.solver().describe() if solved else None,
+        "trace": told(settings, model) if solved else None,
+        "precision": settings.precision,
+        "nfe": sum(found.nfe),
+        "converge": config.converge,
+        "processes": config.processes,
+        "seed": rebuild["config"]["seed"],
+        **environment(),
     }
 
 
-def image_likelihoods(flow: Flow, rows: Rows, found: Likelihoods, config: DictConfig) -> dict[str, float]:
-    """Return the numbers of images, with those of one draw of uniform noise beside any other."""
-    uniform = found
-    if not isinstance(flow.dequantiser, UniformDequantiser):
-        own, flow.dequantiser = flow.dequantiser, uniformly(flow)
-        uniform = log_likelihoods(flow, rows, pass_rows(config, flow), config.limit, 1, config.seed)
-        flow.dequantiser = own
-    return image_numbers(found, uniform, math.prod(flow.event_shape))
-
-
-def told(divergence: DivergenceEstimator, model: Flow | VariationalAutoencoder) -> str:
+def told(settings: Settings, model: AnyModel) -> str:
     """Say in some words how divergences were taken."""
+    divergence = settings.estimator()
     return "exact" if divergence.exact else divergence.describe(continuous_blocks(model)[0].field)
 
 
-def report(name: str, found: Findings, context: dict[str, Any]) -> None:
-    """Log the numbers, each with the errors that it has, and how they were solved."""
-    numbers, quantity = found.numbers, found.quantity
-    count = f"{context['rows']:,} {'rows' if quantity == 'nll' else 'images'}"
-    log.info("%s: %s %s %s over %s", name, quantity, spread(numbers, quantity), found.unit, count)
-    for bound, words in BOUNDS.items():
-        if bound in numbers and bound != quantity:
-            log.info("%s: %s", words.format(**context), spread(numbers, bound))
-    for source, words in SOURCES.items():
-        if f"{quantity}_{source}_standard_error" in numbers:
-            log.info("of it by %s: ± %.1e", words, numbers[f"{quantity}_{source}_standard_error"])
-    for quality, words in QUALITIES.items():
-        if quality in numbers:
-            log.info("%s: %.4g", words.format(**context), numbers[quality])
-    if f"{quantity}_solver_gap" in numbers:
-        gap, largest = numbers[f"{quantity}_solver_gap"], numbers[f"{quantity}_largest_solver_gap"]
-        log.info(
-            "a solve at a hundredth of the tolerance in float64 changes it by %+.1e, an image by up to %.1e",
-            gap,
-            largest,
-        )
-        if abs(gap) > VISIBLE[quantity]:
-            log.warning(
-                "Expected a converged solve, got a change of %+.1e %s. Type atol=1e-7 rtol=1e-7.", gap, found.unit
-            )
-    if context["solver"] is None:
-        log.info("closed form, %s", context["precision"])
-    else:
-        solver = context["solver"]
-        how = f"{context['trace']} divergence, {solver['method']}, atol {solver['atol']:g}, rtol {solver['rtol']:g}"
-        log.info("%s, %s, %d evaluations", how, context["precision"], context["nfe"])
-
-
-def spread(numbers: dict[str, float], quantity: str) -> str:
-    """Return a mean with its standard error over rows."""
-    return f"{numbers[quantity]:.4f} ± {numbers[f'{quantity}_standard_error']:.4f}"
+def add(path: Path, name: str, found: dict[str, Any]) -> None:
+    """Put what was found of some rows beside what other evaluations of the run have found."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name("evaluation.lock")):
+        known: Any = {}
+        with suppress(OSError, ValueError):  # none yet, or damaged: what is new is not lost with it
+            known = json.loads(path.read_text())
+        write_json(path, {**(known if isinstance(known, dict) else {}), name: found})
 
 
 def open_rows(
-    config: DictConfig, model: Flow | VariationalAutoencoder, rebuild: dict[str, Any], data: FlowDataModule | None
+    config: DictConfig, model: AnyModel, rebuild: dict[str, Any], data: FlowDataModule | None
 ) -> tuple[str, Rows, list[str]]:
     """Return a name, the rows to evaluate, and what every number from them must say."""
     if config.data is not None:
@@ -321,9 +183,15 @@ def open_data(config: DictConfig, rebuild: dict[str, Any]) -> FlowDataModule:
     return data
 
 
+def job(config: DictConfig) -> float:
+    """Run one evaluation, alone or of a multirun."""
+    with one_job("cnf_lab.evaluate"):
+        return evaluate(config)
+
+
 def main() -> None:
     """Run the command."""
-    run_command(evaluate, "evaluate")
+    run_command(job, "evaluate")
 
 
 if __name__ == "__main__":

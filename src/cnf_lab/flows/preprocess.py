@@ -53,7 +53,8 @@ class DoubleBuffers(nn.Module):
     """Keeps float64 buffers float64 when a module is moved to another precision."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.dtype == torch.float64}
+        buffers = [(name, buffer) for name, buffer in self.named_buffers(recurse=False) if name != "_anchor"]
+        kept = {name: buffer for name, buffer in buffers if buffer.dtype == torch.float64}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
             setattr(self, name, buffer.to(getattr(self, name).device))

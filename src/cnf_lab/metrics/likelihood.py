@@ -16,12 +16,15 @@ class MeanWithError(Metric):
               \mathrm{se} = \sqrt{\frac{\sum_i a_i^2 / n - \bar a^2}{n - 1}}.
 
     Sums are float64, so that the size of the set costs no digits.
+
+    Args:
+        sync_on_compute: Whether processes hold different examples, which are put together.
     """
 
     full_state_update = False
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.count: Tensor
         self.total: Tensor
         self.squares: Tensor
@@ -46,12 +49,15 @@ class ErrorOfMean(Metric):
     r"""Standard error of a mean whose examples have independent standard errors of their own.
 
     .. math:: \mathrm{se} = \frac1n \sqrt{\sum_i \mathrm{se}_i^2}.
+
+    Args:
+        sync_on_compute: Whether processes hold different examples, which are put together.
     """
 
     full_state_update = False
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.count: Tensor
         self.squares: Tensor
         for name in ("count", "squares"):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from cnf_lab.autoencoders import VariationalAutoencoder
-from cnf_lab.data import Rows
+from cnf_lab.data import Batch, Rows
 from cnf_lab.metrics import bits_per_dim
-from cnf_lab.ode import OdeSolver, SolveStats
-from cnf_lab.trace import DivergenceEstimator
-from cnf_lab.training.likelihoods import batches, error_of_mean, mean_with_error, mixed
+from cnf_lab.ode import SolveStats
+from cnf_lab.training.likelihoods import error_of_mean, mean_with_error, mixed
+from cnf_lab.training.shares import Shares
 
 ACTIVE = 0.01  # variance of a latent's posterior mean over images beyond which it is active (Burda et al.)
 
@@ -32,7 +32,7 @@ class Elbos:
         latent_mean: Mean of the draws of each latent (images, D).
         latent_variance: Variance of the draws of each latent (images, D); NaN with one draw.
         trace_error: Standard errors of the log-weights over probes (K, images); None where divergences are exact.
-        nfe: Evaluations of all solves.
+        nfe: Evaluations for each batch and draw.
     """
 
     log_weight: Tensor
@@ -40,12 +40,18 @@ class Elbos:
     latent_mean: Tensor
     latent_variance: Tensor
     trace_error: Tensor | None
-    nfe: int
+    nfe: tuple[int, ...]
 
 
 @torch.no_grad()
 def elbos(
-    model: VariationalAutoencoder, rows: Rows, batch_size: int, limit: int | None, draws: int, seed: int
+    model: VariationalAutoencoder,
+    rows: Rows,
+    batch_size: int,
+    limit: int | None,
+    draws: int,
+    seed: int,
+    shares: Shares | None = None,
 ) -> Elbos:
     """Return the ELBOs of images by a model in evaluation mode.
 
@@ -59,21 +65,25 @@ def elbos(
         limit: Only the first images; None for all.
         draws: Draws K of the posterior.
         seed: Seed of draws and probes.
+        shares: The processes that share the batches; None for this one alone.
     """
     anchor = model.prior.sample(0)
-    weights, parts, latents, errors, nfe = [], [], [], [], 0
-    for start, batch in batches(rows, batch_size, limit):
+
+    def one(start: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[int]]:
         found = [model.terms(batch.x.to(anchor), 1, _generator(anchor, seed, draw, start)) for draw in range(draws)]
-        weights.append(torch.cat([one.log_weight for one in found]).double().cpu())
-        parts.append(-torch.cat([one.log_likelihood for one in found]).double().cpu())
-        latents.append(torch.cat([one.latent for one in found]).double().cpu())
-        exact = [one.log_det_error for one in found if one.log_det_error is not None]
-        errors += [torch.cat(exact).double().cpu()] if exact else []
-        nfe += SolveStats.total([solve for one in found for solve in one.solves]).nfe_forward
+        weights = torch.cat([term.log_weight for term in found]).double().cpu()
+        parts = -torch.cat([term.log_likelihood for term in found]).double().cpu()
+        latents = torch.cat([term.latent for term in found]).double().cpu()
+        errors = [term.log_det_error.double().cpu() for term in found if term.log_det_error is not None]
+        return weights, parts, latents, errors, [SolveStats.total(term.solves).nfe_forward for term in found]
+
+    found = (shares or Shares()).by_batch(rows, batch_size, limit, one)
+    weights, parts, latents, errors, nfe = zip(*found, strict=True)
     drawn = torch.cat(latents, dim=1)
     variance = drawn.var(dim=0) if draws > 1 else torch.full_like(drawn[0], torch.nan)
-    spread = torch.cat(errors, dim=1) if errors else None
-    return Elbos(torch.cat(weights, dim=1), torch.cat(parts, dim=1), drawn.mean(dim=0), variance, spread, nfe)
+    spread = torch.cat([torch.cat(own) for own in errors], dim=1) if errors[0] else None
+    evaluations = tuple(sum(nfe, []))
+    return Elbos(torch.cat(weights, dim=1), torch.cat(parts, dim=1), drawn.mean(dim=0), variance, spread, evaluations)
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,13 @@ class ImportanceWeighted:
 
 @torch.no_grad()
 def importance_weighted(
-    model: VariationalAutoencoder, rows: Rows, draws: int, pass_rows: int, limit: int | None, seed: int
+    model: VariationalAutoencoder,
+    rows: Rows,
+    draws: int,
+    pass_rows: int,
+    limit: int | None,
+    seed: int,
+    shares: Shares | None = None,
 ) -> ImportanceWeighted:
     """Return importance-weighted bounds with K draws, in passes of a size that fits the memory.
 
@@ -102,12 +118,13 @@ def importance_weighted(
         pass_rows: Latents that are drawn and decoded at once.
         limit: Only the first images; None for all.
         seed: Seed of the draws.
+        shares: The processes that share the images; None for this one alone.
     """
     anchor = model.prior.sample(0)
     together = max(1, pass_rows // draws)  # images in a pass, where all draws of some fit
     per_pass = min(draws, pass_rows)
-    bounds, sizes = [], []
-    for start, batch in batches(rows, together, limit):
+
+    def one(start: int, batch: Batch) -> tuple[Tensor, Tensor]:
         x = batch.x.to(anchor)
         first = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
         second = first.clone()
@@ -117,8 +134,9 @@ def importance_weighted(
             log_weight = model.terms(x, min(per_pass, draws - done), generator).log_weight.double()
             first = torch.logaddexp(first, log_weight.logsumexp(dim=0))
             second = torch.logaddexp(second, (2 * log_weight).logsumexp(dim=0))
-        bounds.append((first - math.log(draws)).cpu())
-        sizes.append((2 * first - second).exp().cpu())
+        return (first - math.log(draws)).cpu(), (2 * first - second).exp().cpu()
+
+    bounds, sizes = zip(*(shares or Shares()).by_batch(rows, together, limit, one), strict=True)
     return ImportanceWeighted(torch.cat(bounds), torch.cat(sizes))
 
 
@@ -163,36 +181,6 @@ def importance_numbers(found: ImportanceWeighted, model: VariationalAutoencoder)
     numbers |= _in_bits(numbers, model, "negative_iwae_bound", "bits_per_dim_iwae")
     median, least = float(found.sample_size.median()), float(found.sample_size.min())
     return numbers | {"effective_sample_size_median": median, "effective_sample_size_least": least}
-
-
-def elbo_gap(
-    model: VariationalAutoencoder,
-    rows: Rows,
-    count: int,
-    tight: OdeSolver,
-    divergence: DivergenceEstimator,
-    seed: int,
-) -> dict[str, float]:
-    """Solve the first images again at a tighter tolerance in float64, with the same draws and probes.
-
-    Args:
-        model: The autoencoder, in evaluation mode; it is float64 and solved tightly from then on.
-        rows: The images.
-        count: Number of images.
-        tight: The tighter solver.
-        divergence: The divergence estimator.
-        seed: Seed of draws and probes.
-
-    Returns:
-        The mean and the largest change of an image's negative ELBO in nats, tight minus usual.
-    """
-    usual = elbos(model, rows, count, count, 1, seed).log_weight
-    model.double().set_evaluation(tight, divergence)
-    change = usual - elbos(model, rows, count, count, 1, seed).log_weight
-    return {
-        "negative_elbo_solver_gap": float(change.mean()),
-        "negative_elbo_largest_solver_gap": float(change.abs().max()),
-    }
 
 
 def _in_bits(numbers: dict[str, float], model: VariationalAutoencoder, name: str, called: str) -> dict[str, float]:

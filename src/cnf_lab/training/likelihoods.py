@@ -1,19 +1,17 @@
 r"""Log-likelihoods of a data set, with what is random in them: dequantisation draws and probes."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cnf_lab.data import Batch, Rows
 from cnf_lab.flows import Dequantiser, Flow, UniformDequantiser
 from cnf_lab.metrics import ErrorOfMean, MeanWithError, bits_per_dim
-from cnf_lab.ode import OdeSolver, SolveStats
-from cnf_lab.trace import DivergenceEstimator
+from cnf_lab.ode import SolveStats
+from cnf_lab.training.shares import Shares
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,12 @@ class Likelihoods:
         log_prob: :math:`\log p(x + u_k) - \log q(u_k \mid x)` in nats (K, rows), float64; the
             log-density itself, with K = 1, where nothing is dequantised.
         trace_error: Standard errors of them over probes (K, rows); None where the divergence is exact.
-        nfe: Evaluations of all solves.
+        nfe: Evaluations for each batch and draw.
     """
 
     log_prob: Tensor
     trace_error: Tensor | None
-    nfe: int
+    nfe: tuple[int, ...]
 
     def importance_weighted(self) -> Tensor:
         r"""Return :math:`\log \tfrac1K \sum_k e^{\log w_k}` (rows,), a bound that tightens with K.
@@ -42,7 +40,13 @@ class Likelihoods:
 
 @torch.no_grad()
 def log_likelihoods(
-    flow: Flow, rows: Rows, batch_size: int, limit: int | None = None, draws: int = 1, seed: int = 0
+    flow: Flow,
+    rows: Rows,
+    batch_size: int,
+    limit: int | None = None,
+    draws: int = 1,
+    seed: int = 0,
+    shares: Shares | None = None,
 ) -> Likelihoods:
     """Return the log-likelihoods of rows by a flow in evaluation mode.
 
@@ -56,24 +60,27 @@ def log_likelihoods(
         limit: Only the first rows; None for all.
         draws: Draws K of dequantisation noise; one where nothing is dequantised and probed.
         seed: Seed of noise and probes.
+        shares: The processes that share the batches; None for this one alone.
     """
     anchor = flow.base.sample(0)
-    values: list[list[Tensor]] = [[] for _ in range(draws)]
-    errors: list[list[Tensor]] = [[] for _ in range(draws)]
-    nfe = 0
-    for start, batch in batches(rows, batch_size, limit):
+
+    def one(start: int, batch: Batch) -> tuple[list[Tensor], list[Tensor], list[int]]:
         context = None if batch.context is None else batch.context.to(anchor.device)
+        values, errors, nfe = [], [], []
         for draw in range(draws):
             generator = torch.Generator(anchor.device).manual_seed(mixed(seed, draw, start))
             x, log_q = flow.dequantise(batch.x.to(anchor.device), generator)
             mapped = flow.pull_back(x, context, generator)
-            log_prob = flow.base.log_prob(mapped.value) + mapped.log_det - log_q
-            values[draw].append(log_prob.double().cpu())
+            values.append((flow.base.log_prob(mapped.value) + mapped.log_det - log_q).double().cpu())
             if mapped.log_det_error is not None:
-                errors[draw].append(mapped.log_det_error.double().cpu())
-            nfe += SolveStats.total(mapped.solves).nfe_forward
-    trace_error = torch.stack([torch.cat(parts) for parts in errors]) if errors[0] else None
-    return Likelihoods(torch.stack([torch.cat(parts) for parts in values]), trace_error, nfe)
+                errors.append(mapped.log_det_error.double().cpu())
+            nfe.append(SolveStats.total(mapped.solves).nfe_forward)
+        return values, errors, nfe
+
+    found = (shares or Shares()).by_batch(rows, batch_size, limit, one)
+    values, errors, nfe = zip(*found, strict=True)
+    trace_error = torch.cat([torch.stack(part) for part in errors], dim=1) if errors[0] else None
+    return Likelihoods(torch.cat([torch.stack(part) for part in values], dim=1), trace_error, tuple(sum(nfe, [])))
 
 
 def nll_numbers(likelihoods: Likelihoods) -> dict[str, float]:
@@ -111,32 +118,6 @@ def image_numbers(likelihoods: Likelihoods, uniform: Likelihoods, dimensions: in
     return in_bits | numbers
 
 
-def solver_gap(
-    flow: Flow, rows: Rows, count: int, tight: OdeSolver, divergence: DivergenceEstimator, seed: int
-) -> dict[str, float]:
-    """Solve the first images again at a tighter tolerance in float64, with the same noise and probes.
-
-    Args:
-        flow: The density, in evaluation mode; it is float64 and solved tightly from then on.
-        rows: The rows.
-        count: Number of images.
-        tight: The tighter solver.
-        divergence: The divergence estimator.
-        seed: Seed of noise and probes.
-
-    Returns:
-        The mean and the largest change of an image's bits/dim, tight minus usual.
-    """
-    usual = log_likelihoods(flow, rows, count, count, seed=seed)
-    flow.double().set_evaluation(tight, divergence)
-    change = usual.log_prob - log_likelihoods(flow, rows, count, count, seed=seed).log_prob
-    dimensions = math.prod(flow.event_shape)
-    return {
-        "bits_per_dim_solver_gap": _bits(float(change.mean()), dimensions),
-        "bits_per_dim_largest_solver_gap": _bits(float(change.abs().max()), dimensions),
-    }
-
-
 def uniformly(flow: Flow) -> Dequantiser:
     """Return uniform dequantisation for a flow of images, in its precision and on its device."""
     assert flow.dequantiser is not None
@@ -144,16 +125,16 @@ def uniformly(flow: Flow) -> Dequantiser:
 
 
 def mean_with_error(values: Tensor) -> tuple[float, float]:
-    """Return the mean of values (rows,) and its standard error."""
-    metric = MeanWithError()
+    """Return the mean of values (rows,), which every process has, and its standard error."""
+    metric = MeanWithError(sync_on_compute=False)
     metric.update(values)
     mean, error = metric.compute()
     return float(mean), float(error)
 
 
 def error_of_mean(errors: Tensor) -> float:
-    """Return the standard error of a mean of rows with errors of their own (rows,)."""
-    metric = ErrorOfMean()
+    """Return the standard error of a mean of rows with errors of their own (rows,), which every process has."""
+    metric = ErrorOfMean(sync_on_compute=False)
     metric.update(errors)
     return float(metric.compute())
 
@@ -165,11 +146,3 @@ def _bits(nats: float, dimensions: int) -> float:
 def mixed(*words: int) -> int:
     """Return a seed that depends on all of some numbers."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def batches(rows: Rows, batch_size: int, limit: int | None) -> Iterator[tuple[int, Batch]]:
-    """Yield batches of the first rows, each with the number of its first row; with a progress bar."""
-    count = min(len(rows), limit or len(rows))
-    # disable=None: a bar on a terminal, nothing in a file.
-    for start in tqdm(range(0, count, batch_size), unit="batch", disable=None):
-        yield start, rows.__getitems__(range(start, min(start + batch_size, count)))
