@@ -63,7 +63,7 @@ def run(data: str, posterior: str, options: argparse.Namespace) -> dict[str, Any
         threads = {"OMP_NUM_THREADS": str(options.threads)}
         subprocess.run([sys.executable, *command], check=True, cwd=ROOT, env=os.environ | threads)
     trained = json.loads((folder / "metrics.json").read_text())
-    found = json.loads((folder / "evaluation" / "test.json").read_text())
+    found = json.loads((folder / "evaluation.json").read_text())["test"]
     per_image = np.load(folder / "evaluation" / "test_elbo.npy")
     keys = ("time/fit_seconds", "time/step_seconds", "train/steps", "nfe/forward", "val/negative_elbo", "train/kl")
     return {

@@ -58,7 +58,7 @@ def test_from_training_to_samples(model: str, table: Path, tmp_path: Path, lab_c
     assert {path.stem for path in (run / "plots").glob("*_test.png")} == {"density_test"}
 
     nll = evaluate(lab_config(f"run={run}", command="evaluate"))
-    report = json.loads((run / "evaluation" / "test.json").read_text())
+    report = json.loads((run / "evaluation.json").read_text())["test"]
     assert nll == pytest.approx(metrics["test/nll"], abs=1e-4)
     assert (report["context"]["solver"], report["context"]["trace"], report["context"]["nfe"]) == (None, None, 0)
 

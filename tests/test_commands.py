@@ -130,7 +130,7 @@ def test_run_folder_is_complete_and_wandb_offline(trained: Path) -> None:
 def test_evaluate_rebuilds_from_the_checkpoint_alone(trained: Path, lab_config: ComposeConfig, tmp_path: Path) -> None:
     checkpoint = trained / "run" / "checkpoints" / "best.ckpt"
     nll = evaluate(lab_config(f"run={checkpoint}", f"output={tmp_path}", command="evaluate"))
-    report = json.loads((tmp_path / "test.json").read_text())
+    report = json.loads((tmp_path / "evaluation.json").read_text())["test"]
     assert report["nll"] == nll
     assert report["context"]["solver"]["atol"] == 1e-7
     assert report["context"]["precision"] == "float64"
@@ -146,7 +146,7 @@ def test_evaluate_own_rows_by_name(trained: Path, lab_config: ComposeConfig, tmp
     rows.to_csv(tmp_path / "grid.csv", index=False)
     overrides = (f"run={trained / 'run'}", f"data={tmp_path / 'grid.csv'}", f"output={tmp_path}", "batch_size=16000")
     evaluate(lab_config(*overrides, command="evaluate"))
-    log_prob = np.load(tmp_path / "rows_grid_log_prob.npy")
+    log_prob = np.load(tmp_path / "evaluation" / "rows_grid_log_prob.npy")
     mass = np.exp(log_prob).sum() * (grid_a[1] - grid_a[0]) * (grid_b[1] - grid_b[0])
     assert mass == pytest.approx(1, abs=2e-3)
 

@@ -87,18 +87,18 @@ def test_commands_take_a_run_of_images(lab_config, metrics, tmp_path, caplog):
     run = f"run={tmp_path / 'run'}"
     with caplog.at_level("INFO", logger="cnf_lab"):
         mean = evaluate(lab_config(run, "draws=2", f"output={tmp_path}", "check=4", command="evaluate"))
-    found = json.loads((tmp_path / "test.json").read_text())
+    found = json.loads((tmp_path / "evaluation.json").read_text())["test"]
     assert mean == found["bits_per_dim"] == pytest.approx(trained["test/bits_per_dim"], abs=0.05)
     assert found["bits_per_dim_importance_weighted"] < found["bits_per_dim"]
     assert abs(found["bits_per_dim_solver_gap"]) < 1e-3
     assert found["context"]["trace"] == "exact"
-    assert np.load(tmp_path / "test_log_prob.npy").shape == (2, 24)
-    for words in ("bits/dim over 24 images", "one draw of uniform noise", "importance-weighted with 2 draws"):
+    assert np.load(tmp_path / "evaluation" / "test_log_prob.npy").shape == (2, 24)
+    for words in ("test: 24 images, exact divergence", "one draw of uniform noise", "importance-weighted with 2 draws"):
         assert words in caplog.text
     by_probes = (run, "divergence=hutchinson", "probes=3", "draws=2", "check=0", "limit=5", f"output={tmp_path}")
     with caplog.at_level("INFO", logger="cnf_lab"):
         evaluate(lab_config(*by_probes, command="evaluate"))
-    found = json.loads((tmp_path / "test.json").read_text())
+    found = json.loads((tmp_path / "evaluation.json").read_text())["test"]
     assert found["bits_per_dim_trace_standard_error"] > 0
     assert "bits_per_dim_importance_weighted" not in found, "the noise of probes would pass for a better bound"
     assert "no importance-weighted bound" in caplog.text

@@ -109,14 +109,14 @@ def test_commands_take_a_run(lab_config, metrics, tmp_path, caplog):
     caplog.set_level("INFO", "cnf_lab")
     chosen = (f"run={run}", "draws=10", "iwae_draws=200", "batch_size=500", "check=4", "limit=10")
     value = evaluate(lab_config(*chosen, command="evaluate"))
-    found = json.loads((run / "evaluation" / "test.json").read_text())
+    found = json.loads((run / "evaluation.json").read_text())["test"]
     assert found["negative_elbo"] == value
     assert found["negative_iwae_bound"] < value
     assert abs(found["negative_elbo_solver_gap"]) < 1e-3
     assert {"active_units", "effective_sample_size_median", "bits_per_dim_iwae"} <= set(found)
     assert np.load(run / "evaluation" / "test_elbo.npy").shape == (10, 10)
     assert found["negative_elbo_of_iwae_images"] == pytest.approx(value)  # all ten of them
-    assert "importance-weighted bound with 200 draws" in caplog.text
+    assert "importance-weighted bound, 200 draws" in caplog.text
     by_probes = (f"run={run}", "divergence=hutchinson", "iwae_draws=5", "limit=3", "check=0")
     with pytest.raises(ConfigError, match="Expected divergence=exact for the importance-weighted bound"):
         evaluate(lab_config(*by_probes, command="evaluate"))

@@ -20,7 +20,10 @@ from cnf_lab.flows import (
 )
 from cnf_lab.ode import RungeKuttaSolver
 from cnf_lab.trace import Exact, Hutchinson, Rademacher
-from cnf_lab.training.likelihoods import Likelihoods, image_numbers, log_likelihoods, nll_numbers, solver_gap, uniformly
+from cnf_lab.training.checks import Evaluated, change, negative
+from cnf_lab.training.likelihoods import Likelihoods, image_numbers, log_likelihoods, nll_numbers, uniformly
+from cnf_lab.training.settings import Settings
+from cnf_lab.training.shares import Shares
 
 SHAPE, LEVELS = (1, 4, 4), 8
 
@@ -64,10 +67,10 @@ def test_bounds_are_in_order():
     generator = torch.Generator().manual_seed(0)
     spread, draws = 0.7, 4000
     log_weights = spread * torch.randn(draws, 5, generator=generator, dtype=torch.float64)
-    found = Likelihoods(log_weights, None, 0)
+    found = Likelihoods(log_weights, None, ())
     truth = spread**2 / 2  # of log E exp
     assert found.importance_weighted().mean().item() == pytest.approx(truth, abs=0.03)
-    few = Likelihoods(log_weights[:5], None, 0)
+    few = Likelihoods(log_weights[:5], None, ())
     numbers = image_numbers(few, few, dimensions=2)
     assert numbers["nll_importance_weighted"] < numbers["nll"]
     assert numbers["bits_per_dim"] == pytest.approx(numbers["nll"] / (2 * math.log(2)))
@@ -91,14 +94,19 @@ def test_standard_errors_of_probes_hold_the_true_value(rows, randomise):
     assert inside >= 34  # of 40; about 38 are expected
 
 
-def test_solver_gap(rows, randomise):
-    tight = RungeKuttaSolver("dopri5", 1e-10, 1e-10, error_norm="example")
-    fine = randomise(flow(Exact()), 1.0).float().eval()
-    fine.set_evaluation(RungeKuttaSolver("dopri5", 1e-6, 1e-6, error_norm="example"), Exact())
-    gap = solver_gap(fine, rows, 6, tight, Exact(), 0)
-    assert abs(gap["bits_per_dim_solver_gap"]) <= gap["bits_per_dim_largest_solver_gap"] < 1e-4
-    coarse = randomise(flow(Exact(), RungeKuttaSolver("euler", steps=2)), 1.0).float().eval()
-    assert solver_gap(coarse, rows, 6, tight, Exact(), 0)["bits_per_dim_largest_solver_gap"] > 1e-2
+def test_a_check_sees_a_coarse_solve_and_leaves_the_flow_as_it_was(rows, randomise):
+    image_flow = randomise(flow(Exact()), 1.0).float().eval()
+    what = Evaluated(rows, 23, 0, Shares())
+
+    def largest(tolerance):
+        settings = Settings("dopri5", tolerance, tolerance, "float32", "exact", 4, 1)
+        settings.apply(image_flow)
+        before = negative(image_flow, what, 6)
+        changed = change(image_flow, settings, settings.tight(), lambda: negative(image_flow, what, 6)[0])
+        torch.testing.assert_close(negative(image_flow, what, 6), before, rtol=0, atol=0)
+        return float(changed.abs().max())
+
+    assert largest(1e-6) < 1e-3 < 1e-2 < largest(1.0)
 
 
 def test_uniform_noise_beside_learned_noise(rows, randomise):

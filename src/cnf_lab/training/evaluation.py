@@ -24,10 +24,9 @@ from cnf_lab.training.budget import (
 )
 from cnf_lab.training.checks import GRID, Evaluated, change, inversion_errors, negative, total_mass
 from cnf_lab.training.likelihoods import Likelihoods, image_numbers, log_likelihoods, nll_numbers, uniformly
-from cnf_lab.training.settings import AnyModel, Settings, is_of_images, tangents
+from cnf_lab.training.settings import AnyModel, Settings, tangents
 
 log = logging.getLogger("cnf_lab")
-CHECKED = {True: 20, False: 500}  # rows that are solved again: images, others
 EXACTLY = 4  # of them by an exact divergence as well, where it takes many tangents
 FEW_TANGENTS = 64
 CHECKED_DRAWS = 100  # of an importance-weighted bound, in its check
@@ -250,9 +249,8 @@ def _weighted(
 def _changes(
     model: AnyModel, what: Evaluated, config: DictConfig, settings: Settings, rows: int, drawn: bool
 ) -> Changes:
-    """Compute the first rows in other ways."""
-    usual = CHECKED[is_of_images(model)] if config.check is None else config.check
-    checked = min(rows, usual)
+    """Compute the first rows in other ways: a batch, for its size decides on its steps."""
+    checked = min(rows, what.pass_rows if config.check is None else config.check)
     computed = bool(continuous_blocks(model)) or settings.precision != "float64"
     if not checked:
         return Changes(None, None, None, 0, computed)
@@ -309,7 +307,7 @@ def _further(model: AnyModel, what: Evaluated, config: DictConfig, found: Findin
     numbers: dict[str, float] = {}
     if continuous_blocks(model):
         numbers = {"nfe": sum(found.nfe) / len(found.nfe), "nfe_most": float(max(found.nfe))}
-    count = found.counts["checked"] or (0 if config.check == 0 else min(found.counts["rows"], CHECKED[True]))
+    count = found.counts["checked"]
     if count and (isinstance(model, Flow) or continuous_blocks(model)):
         errors = inversion_errors(model, what, count)
         numbers |= {"invertibility_error": float(errors.max()), "invertibility_error_median": float(errors.median())}

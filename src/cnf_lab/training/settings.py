@@ -18,6 +18,7 @@ AnyModel: TypeAlias = Flow | VariationalAutoencoder
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 DIVERGENCES = ("exact", "hutchinson")
 MANY = 256  # entries of an image above which divergence=auto goes by probes
+LOOSEST_CHECK = 1e-6  # a hundredth of a coarse tolerance is none to check by
 FINEST = 1e-12  # tolerance beyond which float64 has nothing to give
 #: What converge=true goes up to, before it says that it has not come through.
 MOST_PROBES, MOST_DRAWS = 256, 1000
@@ -72,8 +73,9 @@ class Settings:
         model.set_evaluation(self.solver(), self.estimator())
 
     def tight(self) -> "Settings":
-        """Return what a check computes with: float64, at a hundredth of the tolerance."""
-        return replace(self, atol=self.atol / 100, rtol=self.rtol / 100, precision="float64")
+        """Return what a check computes with: float64, at a hundredth of the tolerance and no more than 1e-6."""
+        atol, rtol = (min(bound / 100, LOOSEST_CHECK) for bound in (self.atol, self.rtol))
+        return replace(self, atol=atol, rtol=rtol, precision="float64")
 
     def exactly(self) -> "Settings":
         """Return the same with exact divergences."""
