@@ -147,7 +147,7 @@ def test_links_are_followed_once(zoo: Path) -> None:
 
 
 def test_no_damage_ends_in_a_traceback(tmp_path: Path) -> None:
-    files = ("metrics.json", "config_resolved.yaml", "evaluation/test.json", "metrics.csv", ".hydra/overrides.yaml")
+    files = ("metrics.json", "config_resolved.yaml", "evaluation.json", "metrics.csv", ".hydra/overrides.yaml")
     contents = (b"", b"\xff\xfe\0{", b"[1, 2]", b"{{: -\n\t- ]", b"step,val/nll\nx,y\n", b"null")
     for place, file in enumerate(files):
         for number, content in enumerate(contents):
@@ -168,10 +168,10 @@ def test_values_of_the_wrong_kind_are_left_out(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     bad = {"test/nll": "high", "val/nll": None, "x": True, "context": {"data": 3, "versions": [1], "solver": "?"}}
     (folder / "metrics.json").write_text(json.dumps(bad))
-    (folder / "evaluation").mkdir()
-    evaluation = {"nll": "x", "nll_standard_error": [], "nll_solver_gap": None, "samples": [3, {"value": None}]}
-    (folder / "evaluation" / "test.json").write_text(json.dumps(evaluation))
-    (folder / "evaluation" / "val.json").write_text("2")
+    wrong = {"nll": 3, "bits_per_dim": {"value": 1, "confidence": "x"}, "elbo": {"value": 1, "confidence": 0.9}}
+    evaluation = {"nll": "x", "budget": wrong, "samples": [3, {"value": None}]}
+    (folder / "evaluation.json").write_text(json.dumps({"test": evaluation, "val": 2, "rows": {"budget": []}}))
+    assert [budget.quantity for budget in budgets(0, read_run(folder, "run"))] == ["elbo"]
     assert report([str(tmp_path)]).is_file()
 
 
@@ -190,9 +190,10 @@ def test_whatever_is_written_there_stays_text(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "<img src=x onerror=alert(2)>", data=HOSTILE, notes=(HOSTILE,), note=HOSTILE)
     (folder / "FAILED").write_text(HOSTILE)
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([HOSTILE]))
-    (folder / "evaluation").mkdir()
-    evaluation = {"nll": 1, "samples": [{"metric": HOSTILE, "distance": HOSTILE, "value": 1, "seed": HOSTILE}]}
-    (folder / "evaluation" / "<b onclick=alert(3)>.json").write_text(json.dumps(evaluation))
+    own = {"value": 1.0, "confidence": 0.99, "unit": HOSTILE, "half_width": 0.1, "sources": {HOSTILE: 0.1}}
+    rows = [{"metric": HOSTILE, "distance": HOSTILE, "value": 1, "seed": HOSTILE}]
+    evaluation = {"<b onclick=alert(3)>": {"nll": 1, "budget": {HOSTILE: own}, "samples": rows}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
     page = report([str(tmp_path), f"title={HOSTILE}"]).read_text()
     assert page.count("<script") == 3
     assert "<img src=x" not in page
@@ -271,15 +272,16 @@ def test_budgets_of_an_evaluation_and_without_one(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run"), "run")
     (fallback,) = budgets(0, run)
     assert not fallback.whole
-    assert fallback.sources == pytest.approx({"rows": 0.0196})
-    given = {"nll": 1.4, "nll_standard_error": 0.02, "nll_trace_standard_error": 0.01, "nll_solver_gap": -1e-4}
+    assert fallback.sources == pytest.approx({"rows": 0.02576})
+    sources = {"rows": 0.04, "probes": 0.02, "draws": None, "solver": 1e-4}
+    own = {"value": 1.4, "unit": "nats", "half_width": 0.0401, "confidence": 0.99, "sources": sources}
     sample = {"metric": "mmd", "distance": "chamfer", "value": 0.25, "oracle": 0.125, "n_reference": 777}
-    (run.path / "evaluation").mkdir()
-    (run.path / "evaluation" / "test.json").write_text(json.dumps(given | {"samples": [sample]}))
+    written = {"test": {"nll": 1.4, "budget": {"nll": own}, "samples": [sample]}}
+    (run.path / "evaluation.json").write_text(json.dumps(written))
     (budget,) = budgets(0, read_run(run.path, "run"))
     assert budget.whole
-    assert budget.sources == pytest.approx({"rows": 0.0392, "probes": 0.0196, "solver": 1e-4})
-    assert budget.half_width == pytest.approx(0.0393)
+    assert (budget.quantity, budget.unit, budget.half_width) == ("nll", "nats", 0.0401)
+    assert budget.sources == {"rows": 0.04, "probes": 0.02, "solver": 1e-4}
     page = report([str(tmp_path)]).read_text()
     assert 'class="bar solver" style="width:0.25%"' in page
     assert 'class="bar total" style="width:100.00%"' in page

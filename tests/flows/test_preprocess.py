@@ -226,3 +226,16 @@ def test_context_scaler_names_a_constant_column(rows):
     rows[:, 2] = 0.1
     with pytest.raises(DataError, match=r"constant .*\[2\]"):
         ContextScaler(3).fit([rows])
+
+
+@pytest.mark.parametrize("layer", [Standardise, Whiten, NoPreprocess])
+def test_a_layer_comes_back_from_another_precision(layer):
+    """Fitted numbers stay float64; what the layer returns follows the flow, there and back."""
+    made = layer((3,))
+    made.fit([torch.randn(50, 3)])
+    x = torch.randn(4, 3)
+    before = made.to_latent(x)[0]
+    assert made.double().to_latent(x)[0].dtype == torch.float64
+    after = made.float().to_latent(x)[0]
+    assert after.dtype == torch.float32
+    torch.testing.assert_close(after, before, rtol=0, atol=0)

@@ -1,15 +1,15 @@
 """Errors of likelihoods, and sample metrics, of runs: out of their evaluations, else out of metrics.json."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cnf_lab.reporting.collect import Run, is_number
 
-SOURCES = ("rows", "probes", "dequantisation", "draws", "solver")
-#: Suffixes of standard errors, by source.
-SUFFIXES = {"rows": "", "probes": "_trace", "dequantisation": "_dequantisation", "draws": "_draws"}
-NORMAL = 1.96  # standard errors of a 95 % interval
+SOURCES = ("rows", "probes", "draws", "solver")
+#: Suffixes of standard errors in metrics.json, by source.
+SUFFIXES = {"rows": "", "probes": "_trace", "draws": "_dequantisation"}
+CONFIDENCE, NORMAL = 0.99, 2.576  # of an interval of that many standard errors
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Budget:
         half_width: Of the interval; None where only single errors are known.
         confidence: Of the interval.
         sources: Half-width by source.
-        whole: Whether it comes from an evaluation that has solved again at a tighter tolerance.
+        whole: Whether it comes from an evaluation, and not from the run's own test.
     """
 
     run: int
@@ -46,33 +46,31 @@ def budgets(number: int, run: Run) -> list[Budget]:
         number: Number of the run.
         run: The run.
     """
-    found = [_evaluated(number, run, name, numbers) for name, numbers in run.evaluation.items()]
-    return [budget for budget in found if budget is not None] or list(_standard_errors(number, run))
+    found = [budget for name, numbers in run.evaluation.items() for budget in _evaluated(number, name, numbers)]
+    return found or list(_standard_errors(number, run))
 
 
-def _evaluated(number: int, run: Run, name: str, numbers: dict[str, Any]) -> Budget | None:
-    quantity = run.quantity
-    if not is_number(numbers.get(quantity)):
-        return None
-    sources = _half_widths(numbers, quantity)
-    if is_number(numbers.get(f"{quantity}_solver_gap")):
-        sources["solver"] = abs(numbers[f"{quantity}_solver_gap"])
-    # The spread of rows holds that of their probes and draws; an error of the solver is no chance, and adds.
-    half = sources["rows"] + sources.get("solver", 0.0) if "rows" in sources else None
-    return Budget(number, name, quantity, float(numbers[quantity]), run.unit, half, 0.95, sources, "solver" in sources)
-
-
-def _half_widths(numbers: Mapping[str, Any], quantity: str) -> dict[str, float]:
-    names = {source: f"{quantity}{suffix}_standard_error" for source, suffix in SUFFIXES.items()}
-    return {source: NORMAL * abs(numbers[name]) for source, name in names.items() if is_number(numbers.get(name))}
+def _evaluated(number: int, name: str, numbers: dict[str, Any]) -> Iterator[Budget]:
+    written = numbers.get("budget")
+    for quantity, own in written.items() if isinstance(written, dict) else ():
+        if not isinstance(own, dict) or not all(is_number(own.get(key)) for key in ("value", "confidence")):
+            continue
+        sources = own.get("sources")
+        known = sources.items() if isinstance(sources, dict) else ()
+        widths = {str(source): float(width) for source, width in known if is_number(width)}
+        half = float(own["half_width"]) if is_number(own.get("half_width")) else None
+        value, confidence = float(own["value"]), float(own["confidence"])
+        yield Budget(number, name, str(quantity), value, str(own.get("unit")), half, confidence, widths, True)
 
 
 def _standard_errors(number: int, run: Run) -> Iterator[Budget]:
     for split in ("test", "val"):
         value = run.value(split)
-        sources = _half_widths(run.metrics, f"{split}/{run.quantity}")
-        if value is not None and sources:
-            yield Budget(number, split, run.quantity, value, run.unit, None, 0.95, sources, False)
+        names = {source: f"{split}/{run.quantity}{suffix}_standard_error" for source, suffix in SUFFIXES.items()}
+        found = {source: run.metrics.get(name) for source, name in names.items()}
+        widths = {source: NORMAL * abs(error) for source, error in found.items() if error is not None}
+        if value is not None and widths:
+            yield Budget(number, split, run.quantity, value, run.unit, None, CONFIDENCE, widths, False)
             return
 
 

@@ -181,9 +181,8 @@ def read_run(path: Path, name: str) -> Run:
             run.config = _object(run, file, lambda text: yaml.load(text, Loader))
     overrides = _parsed(run, ".hydra/overrides.yaml", lambda text: yaml.load(text, Loader))
     run.overrides = [str(item) for item in overrides] if isinstance(overrides, list) else []
-    for evaluated in sorted((path / "evaluation").glob("*.json")):
-        if found := _object(run, f"evaluation/{evaluated.name}", json.loads):
-            run.evaluation[evaluated.stem] = found
+    evaluated = _object(run, "evaluation.json", json.loads)
+    run.evaluation = {name: found for name, found in evaluated.items() if isinstance(found, dict)}
     run.series = read_series(run)
     logged = re.search(r"model \S+ with ([\d,]+) parameters", _text(run, "train.log", tail=False))
     run.parameters = int(logged.group(1).replace(",", "")) if logged else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnf_lab.reporting.budgets import NORMAL, SOURCES, budgets, grouped, sample_rows
+from cnf_lab.reporting.budgets import CONFIDENCE, SOURCES, budgets, grouped, sample_rows
 from cnf_lab.reporting.collect import Run, differing
 from cnf_lab.reporting.curves import curve_data, points_each
 from cnf_lab.reporting.pictures import choose
@@ -136,7 +136,7 @@ class _Page:
             limits=limits,
             budgets=grouped(found, runs),
             sources=SOURCES,
-            normal=NORMAL,
+            confidence=CONFIDENCE,
             samples=[row for number, run in enumerate(runs) for row in sample_rows(number, run)],
             published=beside(list(runs), labels),
             configurations=packed([run.config_text[:LONGEST] for run in runs]),

@@ -111,8 +111,8 @@ def checks(found: Findings, said: dict[str, Any]) -> list[str]:
     if "mass" in numbers:
         points, resolution, outside = (numbers[f"mass_{key}"] for key in ("points", "resolution", "outside"))
         lines.append(
-            f"total mass {numbers['mass']:.5f} on a grid of {points:.0f} points an axis (with half of them {resolution:.0e} "
-            f"off); {100 * outside:.2g} % of samples lie outside"
+            f"total mass {numbers['mass']:.5f} on a grid of {points:.0f} points an axis, {resolution:.0e} off with "
+            f"half of them; {100 * outside:.2g} % of samples lie outside"
         )
     return lines
 
