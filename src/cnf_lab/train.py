@@ -76,11 +76,12 @@ def train(config: DictConfig) -> float:
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
         seconds, steps = time.monotonic() - started, float(trainer.global_step)
         metrics = {**numbers(trainer), "time/fit_seconds": seconds, "train/steps": steps}
+        diverged = not math.isfinite(trainer.callback_metrics.get(module.monitor, 0.0))
         if config.test:
             load_best(module, trainer)
             trainer.test(module, data, verbose=False)
             metrics |= numbers(trainer)
-        failed = False
+        failed = diverged
     finally:
         tracking.finish(failed)
     if trainer.is_global_zero:
