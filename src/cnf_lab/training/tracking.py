@@ -123,6 +123,7 @@ class MetricLogger(WandbLogger):
 
     def __init__(self, before: Path | None = None, **options: Any) -> None:
         super().__init__(**options)
+        self._wandb_init.pop("anonymous", None)  # Lightning passes it, and wandb warns that it does nothing
         self._defined: set[str] = set()
         self._summary: dict[str, dict[str, float]] = {}
         self._corrected: set[str] = set()
@@ -222,7 +223,6 @@ def wandb_logger(
         log_model=False,
         settings=wandb.Settings(silent=True),
     )
-    logger._wandb_init.pop("anonymous", None)  # Lightning passes it, and wandb warns that it does nothing
     if _is_first_process():
         _ = logger.experiment  # begun now, so that a mistake in wandb's options is told before training
     return logger
