@@ -345,9 +345,8 @@ def _report(
     entity, project, title = place
     blocks: list[Any] = [reports.TableOfContents()]
     for chapter in shown:
-        runset = reports.Runset(
-            entity=entity, project=project, name="Runs", filters=runs, pinned_columns=_columns(families)
-        )
+        # Of the page's own project: one that is named would be looked up at wandb.
+        runset = reports.Runset(name="Runs", filters=runs, pinned_columns=_columns(families))
         panels = [
             _drawn(reports, panel, reports.Layout(*corner))
             for panel, corner in zip(chapter.panels, _placed(chapter.panels), strict=True)

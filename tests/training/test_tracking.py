@@ -372,5 +372,6 @@ def test_jobs_of_a_multirun_are_a_group(launcher: str, tmp_path: Path) -> None:
     for job in jobs:
         (records,) = read(job)
         assert records.run["run_group"] == "the sweep"
+        assert sweep_name(job) == "the sweep"  # which is what a resumed job asks
         assert records.run["display_name"] == job.name
         assert records.exit_code == 0
