@@ -129,7 +129,7 @@ def test_online_saves_both(lab_config: ComposeConfig, tmp_path: Path, monkeypatc
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="me"))
     dashboard(lab_config("online=true", "project=p", command="dashboard"))
     dashboard(lab_config("online=true", "project=p", "entity=team", command="dashboard"))
-    both = ("Workspace", "Report")
+    both = ("Report", "Workspace")
     assert saved == [(kind, entity, "p") for entity in ("me", "team") for kind in both]
 
     def refused(self: Any) -> None:

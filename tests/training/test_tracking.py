@@ -251,7 +251,8 @@ def test_a_resumed_run_goes_on_with_the_same_wandb_run(tmp_path: Path) -> None:
     column = table[0].split(",").index("val/nll")
     rows = [row.split(",") for row in table]
     next(row for row in rows[1:] if row[column])[column] = str(best["val/nll"])
-    (folder / "metrics.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
+    torn = "1.5,2.7e"  # as a killed run may leave it
+    (folder / "metrics.csv").write_text("\n".join(",".join(row) for row in rows) + f"\n{torn}\n")
 
     run(folder, *few, "trainer.max_epochs=4", f"resume='{folder}'")
     first, second = read(folder)
@@ -261,6 +262,8 @@ def test_a_resumed_run_goes_on_with_the_same_wandb_run(tmp_path: Path) -> None:
     assert {row["epoch"] for row in second.history if "val/nll" in row} == {2, 3}
     assert second.summary["val/nll"]["min"] == best["val/nll"]
     assert second.summary["val/nll"]["last"] == [row["val/nll"] for row in second.history if "val/nll" in row][-1]
+    tested = [row["test/nll"] for row in second.history if "test/nll" in row]
+    assert second.summary["test/nll"] == {"min": tested[0], "last": tested[0]}
     assert second.config["trainer"]["max_epochs"] == 4
     assert second.keys == second.definitions.keys()
 

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +131,7 @@ class MetricLogger(WandbLogger):
         if before is not None and before.is_file():
             with before.open(newline="") as file:
                 for row in csv.DictReader(file):
-                    self._note({name: float(text) for name, text in row.items() if text and name != "step"})
+                    self._note(_numbers(row))
             self._corrected = set(self._summary)
 
     @rank_zero_only
@@ -175,6 +176,16 @@ class MetricLogger(WandbLogger):
             known["last"] = value
             if goal != "last" and math.isfinite(value):
                 known[goal] = (min if goal == "min" else max)(value, known.get(goal, value))
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a row of metrics.csv, whose last one may be torn where the run was killed."""
+    found = {}
+    for name, text in row.items():
+        if name and name != "step" and isinstance(text, str):
+            with suppress(ValueError):
+                found[name] = float(text)
+    return found
 
 
 def _is_number(value: Any) -> bool:
