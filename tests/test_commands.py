@@ -115,7 +115,7 @@ def test_run_folder_is_complete_and_wandb_offline(trained: Path) -> None:
     records = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
     for expected in (
         '"name":"val/nll"',
-        '"summary":{"min":true}',
+        '"summary":{"last":true,"min":true}',
         '"test/nll"',
         '"nfe/forward"',
         '"architecture"',

@@ -44,7 +44,7 @@ def test_wheel_holds_the_package_and_every_config_file(wheel: Path) -> None:
     assert configs | sources(ROOT / "src", ".py", ".typed") <= names
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "dashboard"])
 def test_installed_command_shows_help_from_another_folder(command: str, site: Path, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(site)}
     where = python("-c", "import cnf_lab; print(cnf_lab.__file__)", cwd=tmp_path, env=environment)

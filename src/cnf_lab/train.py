@@ -76,11 +76,12 @@ def train(config: DictConfig) -> float:
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
         seconds, steps = time.monotonic() - started, float(trainer.global_step)
         metrics = {**numbers(trainer), "time/fit_seconds": seconds, "train/steps": steps}
+        lost = diverged(trainer, module.monitor)
         if config.test:
             load_best(module, trainer)
             trainer.test(module, data, verbose=False)
             metrics |= numbers(trainer)
-        failed = False
+        failed = lost
     finally:
         tracking.finish(failed)
     if trainer.is_global_zero:
@@ -141,6 +142,12 @@ def numbers(trainer: pl.Trainer) -> dict[str, float]:
             metrics = {name: value for name, value in metrics.items() if not name.startswith("val/")}
             metrics[str(callback.monitor)] = float(best)
     return metrics
+
+
+def diverged(trainer: pl.Trainer, monitor: str) -> bool:
+    """Whether the last validation found no finite value of what the model watches."""
+    last = trainer.callback_metrics.get(monitor)
+    return last is not None and not math.isfinite(float(last))
 
 
 def watching(trainer: pl.Trainer) -> list[ModelCheckpoint]:
