@@ -198,4 +198,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"the job stopped with exit code {error.code}"
     codes = re.search(r"exit codes of the workers are \{(.+?)\}", text)
-    return f"the job's process ended with {codes[1]}" if codes else text[:400]
+    if codes:
+        return f"the job's process ended with {codes[1]}"
+    state = re.search(r"has not produced any output \(state: (.+?)\)", text)
+    return f"the job's process ended without a result (submitit's state: {state[1]})" if state else text[:400]

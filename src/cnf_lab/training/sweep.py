@@ -64,12 +64,13 @@ class SweepSummary(Callback):
                 writer.writeheader()
                 writer.writerows(rows)
             print(f"\n{len(jobs)} jobs in {folder}, all with {' '.join(common) or 'the defaults'}\n{_table(rows)}")
-            self.missing.update({job.name: row["status"] for job, row in zip(jobs, rows, strict=True) if _missing(row)})
+            status = {job.name: row["status"] for job, row in zip(jobs, rows, strict=True)}
+            self.missing.update({job: reason for job, reason in status.items() if reason != "done"})
             if self.missing:
                 print("\nNot done:")
                 for job, reason in self.missing.items():
                     print(f"  {job}: {reason}")
-                print("The same command with hydra.sweep.dir=... of this sweep and skip_done=true runs these again.")
+                print(f"The same command with hydra.sweep.dir={folder} skip_done=true runs failed and killed jobs again.")
 
 
 def _job_number(folder: Path) -> int:
@@ -96,11 +97,6 @@ def _status(job: Path, metrics: dict[str, Any]) -> str:
     return (
         "done" if any(metrics.get(column) is not None for column in LIKELIHOODS) else "diverged: no finite likelihood"
     )
-
-
-def _missing(row: dict[str, str]) -> bool:
-    # A likelihood that diverged is a result, and the next try would be the same.
-    return row["status"] != "done" and not row["status"].startswith("diverged")
 
 
 def _filled(rows: list[dict[str, str]]) -> list[dict[str, str]]:

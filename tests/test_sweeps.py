@@ -1,0 +1,209 @@
+"""Sweeps: launchers, a job that is killed, jobs that are not run twice, searches, and what Slurm would be given."""
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from omegaconf import DictConfig, OmegaConf
+
+from cnf_lab import train as command
+from cnf_lab.errors import RunExistsError
+from cnf_lab.reporting.collect import collect
+from cnf_lab.train import train
+from cnf_lab.training.command import config_folder
+from cnf_lab.training.sweep import SweepSummary
+
+ComposeConfig = Callable[..., DictConfig]
+needs_plugins = pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="needs cnf-lab[sweep]")
+TINY = (
+    "dataset=moons",
+    "dataset.evaluation_rows=50",
+    "dataset.batch_size=16",
+    "architecture.hidden=[8]",
+    "callbacks=[default]",
+    "logger=csv",
+    "debug=fast",
+    "threads=1",
+)
+
+
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Callable[..., str]:
+    """Run a multirun in this process in the test's folder; give back what it printed as an error."""
+
+    def run(*arguments: str) -> str:
+        fixed = ["-m", *TINY, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+        monkeypatch.setattr(sys, "argv", ["train", *fixed, *arguments])
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # Hydra's would outlive the test's streams
+        GlobalHydra.instance().clear()
+        try:
+            command.main()
+        except SystemExit as stop:
+            assert stop.code == 2
+            return capsys.readouterr().err
+        assert not SweepSummary.missing
+        return ""
+
+    return run
+
+
+def jobs(folder: Path) -> dict[str, Path]:
+    """Job folders by what varies."""
+    return {path.name.partition("_")[2]: path for path in (folder / "sweep").iterdir() if path.is_dir()}
+
+
+def table(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "sweep" / "summary.csv").set_index("overrides")
+
+
+def written(folder: Path) -> dict[str, int]:
+    return {name: (job / "metrics.json").stat().st_mtime_ns for name, job in jobs(folder).items()}
+
+
+def test_what_is_done_is_not_run_twice(sweep: Callable[..., str], tmp_path: Path) -> None:
+    """A failed job and a half-done one run again, the latter from its checkpoint; the others stay as they are."""
+    arguments = ("seed=0,1,2,3",)
+    assert not sweep(*arguments)
+    before, folders = written(tmp_path), jobs(tmp_path)
+    value = json.loads((folders["seed-1"] / "metrics.json").read_text())["val/nll"]
+    shutil.rmtree(folders["seed-1"] / "checkpoints")  # cut off before the first epoch's end
+    (folders["seed-1"] / "metrics.json").unlink()
+    (folders["seed-2"] / "metrics.json").unlink()  # cut off after the last epoch
+    (folders["seed-3"] / "FAILED").write_text("RuntimeError: of an earlier try\n")
+    lines = (folders["seed-2"] / "metrics.csv").read_text().splitlines()
+    assert not sweep(*arguments, "skip_done=true")
+    after = written(tmp_path)
+    assert after["seed-0"] == before["seed-0"]
+    assert all(after[name] > before[name] for name in ("seed-1", "seed-2", "seed-3"))
+    assert not list((tmp_path / "sweep").glob("*/FAILED"))
+    assert set(table(tmp_path)["status"]) == {"done"}
+    again = json.loads((folders["seed-1"] / "metrics.json").read_text())["val/nll"]
+    assert again == value, "the same numbers as the first time"
+    assert (folders["seed-2"] / "metrics.csv").read_text().splitlines()[: len(lines) - 1] == lines[:-1]
+
+
+def test_value_of_a_run_that_is_done(lab_config: ComposeConfig, tmp_path: Path) -> None:
+    """A sweeper gets the same number; and only a run of the same configuration counts."""
+    value = train(lab_config(*TINY))
+    metrics = tmp_path / "run" / "metrics.json"
+    stamp = metrics.stat().st_mtime_ns
+    assert train(lab_config(*TINY, "skip_done=true", "logger=none", "threads=2")) == value
+    assert metrics.stat().st_mtime_ns == stamp
+    with pytest.raises(RunExistsError, match=r"Expected a run with optimiser\.lr=0\.5 in .*, got one with .*lr=0\.005"):
+        train(lab_config(*TINY, "skip_done=true", "optimiser.lr=0.5"))
+    metrics.rename(tmp_path / "metrics.json")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "metrics.json").rename(tmp_path / "moved" / "metrics.json")
+    assert train(lab_config(*TINY, "skip_done=true", run=tmp_path / "moved")) == value
+    (tmp_path / "moved" / "metrics.json").write_text(json.dumps({"val/nll": None}))
+    assert train(lab_config(*TINY, "skip_done=true", run=tmp_path / "moved")) == math.inf
+
+
+def test_a_job_requeued_by_slurm_goes_on(
+    lab_config: ComposeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = train(lab_config(*TINY))
+    with pytest.raises(RunExistsError):
+        train(lab_config(*TINY))
+    (tmp_path / "run" / "metrics.json").unlink()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert train(lab_config(*TINY)) == value
+
+
+def test_another_configuration_is_refused(sweep: Callable[..., str], tmp_path: Path) -> None:
+    """In one line, and without touching the run; a job that is not there runs."""
+    assert not sweep("seed=0,1")
+    kept = {path: path.read_text() for path in (tmp_path / "sweep").glob("*/.hydra/*.yaml")}
+    shutil.rmtree(jobs(tmp_path)["seed-1"])
+    error = sweep("seed=0,1", "skip_done=true", "optimiser.lr=0.5")
+    assert error.startswith("error: 1 job is not done: 0_seed-0: RunExistsError: Expected a run with optimiser.lr=0.5")
+    assert len(error.splitlines()) == 1
+    first = jobs(tmp_path)["seed-0"]
+    assert all(text == path.read_text() for path, text in kept.items() if first in path.parents)
+    assert not list((tmp_path / "sweep").glob("*/FAILED"))
+    assert not list((tmp_path / "sweep").glob("*/REFUSED"))
+    runs, _ = collect([tmp_path / "sweep"])
+    assert [run.status for run in runs] == ["done", "done"]
+
+
+def test_failed_and_killed_jobs_are_listed(sweep: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "sweep" / "7_seed-7" / ".hydra").mkdir(parents=True)  # of a sweep that was killed as a whole
+    (tmp_path / "sweep" / "7_seed-7" / ".hydra" / "overrides.yaml").write_text("[seed=7]\n")
+    error = sweep("trace=exact,bottleneck")
+    assert error.startswith("error: 2 jobs are not done; the first one: 1_trace-bottleneck: ConfigError: Expected")
+    rows = pd.read_csv(tmp_path / "sweep" / "summary.csv")["status"]
+    assert list(rows)[0] == "done"
+    assert "trace=bottleneck" in rows[1]
+    assert rows[2] == "killed: neither metrics.json nor FAILED"
+
+
+@pytest.mark.parametrize("model", ["density", "realnvp"])
+def test_a_diverged_job_is_infinitely_bad(
+    model: str, lab_config: ComposeConfig, tmp_path: Path, sweep: Callable[..., str]
+) -> None:
+    """Whether a solve fails or a likelihood is no number; the next job runs."""
+    if model == "realnvp":
+        pytest.importorskip("zuko")
+        assert train(lab_config(*TINY, f"model={model}", "optimiser.lr=1e30")) == math.inf
+    error = sweep(f"model={model}", "optimiser.lr=1e30,1e-3")
+    reason = {"density": "SolverError: The solve with", "realnvp": "diverged: no finite likelihood"}[model]
+    assert error.startswith(f"error: 1 job is not done: 0_optimiser.lr-1e-30: {reason}")
+    assert list(table(tmp_path)["status"])[1] == "done"
+
+
+@needs_plugins
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of Optuna 2 on SQLAlchemy 2
+def test_search(sweep: Callable[..., str], tmp_path: Path) -> None:
+    """Trials that fail or diverge are infinitely bad, the search goes on, and it goes on again with more trials."""
+    space = ("hydra/sweeper=search", "optimiser.lr=interval(1e-4,1e-2)", "trace=exact,bottleneck")
+    error = sweep(*space, "hydra.sweeper.n_trials=4")
+    best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    rows = pd.read_csv(tmp_path / "sweep" / "summary.csv")
+    assert len(rows) == 4
+    done = rows[rows["status"] == "done"]
+    assert 0 < len(done) < 4, "seeded so that both come"
+    assert f"{4 - len(done)} job" in error
+    assert best.best_params.trace == "exact"
+    assert best.best_value == pytest.approx(done["val/nll"].min(), abs=1e-4)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/metrics.json")}
+    sweep(*space, "hydra.sweeper.n_trials=6", "skip_done=true")
+    assert len(pd.read_csv(tmp_path / "sweep" / "summary.csv")) == 6
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+
+
+@pytest.mark.parametrize(
+    ("choice", "plugin"),
+    [("hydra/launcher=parallel", "cnf_lab_launchers"), ("hydra/sweeper=search", "hydra_optuna_sweeper")],
+)
+def test_extra_that_is_not_installed(
+    choice: str, plugin: str, sweep: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = Plugins.instance().class_name_to_class
+    left = {name: kind for name, kind in known.items() if plugin not in name}
+    monkeypatch.setattr(Plugins.instance(), "class_name_to_class", left)
+    error = sweep(choice, "seed=0,1")
+    assert error.startswith("error: Expected Hydra's plugins for sweeps to be installed, got none for hydra_plugins.")
+    assert error.strip().endswith('Type pip install "cnf-lab[sweep]".')
+    assert len(error.splitlines()) == 1
+
+
+def test_unknown_launcher_is_answered_with_those_there_are(sweep: Callable[..., str]) -> None:
+    error = sweep("hydra/launcher=slrum")
+    assert "Expected hydra/launcher to be one of parallel, slurm, slurm_4gpu, submitit; got slrum." in error
+    assert "Type hydra/launcher=slurm." in error
