@@ -207,3 +207,128 @@ def test_unknown_launcher_is_answered_with_those_there_are(sweep: Callable[..., 
     error = sweep("hydra/launcher=slrum")
     assert "Expected hydra/launcher to be one of parallel, slurm, slurm_4gpu, submitit; got slrum." in error
     assert "Type hydra/launcher=slurm." in error
+
+
+LAUNCHERS = sorted(path.stem for path in (config_folder() / "hydra" / "launcher").glob("*.yaml"))
+
+
+def composed(*overrides: str) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return compose("train", list(overrides), return_hydra_config=True)
+
+
+@needs_plugins
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_compose_and_can_be_made(launcher: str) -> None:
+    node = composed(f"hydra/launcher={launcher}", "hydra.sweep.dir=x", "hydra.job.name=train").hydra.launcher
+    plugin = Plugins.instance()._instantiate(node)
+    options = {key for key in node if not key.startswith("_")}
+    assert options == set(getattr(plugin, "params", {})) | (vars(plugin).keys() & {"n_jobs", "gpus"})
+
+
+@needs_plugins
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_sweepers_compose_and_can_be_made() -> None:
+    for sweeper in (config_folder() / "hydra" / "sweeper").glob("*.yaml"):
+        node = composed(f"hydra/sweeper={sweeper.stem}").hydra.sweeper
+        assert Plugins.instance()._instantiate(node).sweeper.n_trials == node.n_trials
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Callable[..., str]:
+    """Run a multirun of an application that only sleeps, with the lab's launchers; give back what it printed."""
+    (tmp_path / "app.py").write_text(
+        "import os, time, hydra\n"
+        "@hydra.main(config_path='conf', config_name='app', version_base='1.3')\n"
+        "def main(config):\n"
+        f"    log = open({str(tmp_path / 'log')!r}, 'a')\n"
+        "    gpu = os.environ['CUDA_VISIBLE_DEVICES']\n"
+        "    print('begin', gpu, file=log, flush=True)\n"
+        "    time.sleep(0.2)\n"
+        "    print('end', gpu, file=log, flush=True)\n"
+        "main()\n"
+    )
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "app.yaml").write_text("defaults: [{trainer: auto}]\n")
+    for group in ("hydra", "trainer"):
+        shutil.copytree(config_folder() / group, tmp_path / "conf" / group)
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "app.py", "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    return run
+
+
+@needs_plugins
+def test_each_job_has_a_gpu_of_its_own(app: Callable[..., str], tmp_path: Path) -> None:
+    """No two jobs at a time share one, and there are no more jobs at a time than GPUs."""
+    app("hydra/launcher=parallel", "hydra.launcher.gpus=[3,5]", "hydra.launcher.n_jobs=4", "+number=0,1,2,3")
+    busy: set[str] = set()
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    for what, gpu in lines:
+        assert (gpu in busy) == (what == "end")
+        busy ^= {gpu}
+    assert {gpu for _, gpu in lines} == {"3", "5"}
+    assert len(lines) == 8
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Slurm that refuses what it is given and keeps it."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sbatch").write_text(f'#!/bin/sh\ncp "$1" {tmp_path}/batch.sh\necho "invalid partition" >&2\nexit 1\n')
+    (tools / "srun").write_text("#!/bin/sh\nexit 1\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return tmp_path / "batch.sh"
+
+
+@needs_plugins
+@pytest.mark.parametrize(
+    ("launcher", "gpus", "trainer"),
+    [("slurm", 1, ("trainer=gpu",)), ("slurm_4gpu", 4, ("trainer=ddp", "trainer.devices=4"))],
+)
+def test_what_slurm_is_given(
+    launcher: str, gpus: int, trainer: tuple[str, ...], slurm: Path, app: Callable[..., str], tmp_path: Path
+) -> None:
+    """A process per GPU, a time limit, and the signal before it; what Slurm refuses stands in the job's folder."""
+    options = ("hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=90")
+    app(f"hydra/launcher={launcher}", *trainer, *options)
+    failed = (tmp_path / "sweep" / "0" / "FAILED").read_text()
+    assert failed.startswith("Lost: ")
+    assert "invalid partition" in failed
+    batch = slurm.read_text().splitlines()
+    for line in (
+        f"#SBATCH --gpus-per-node={gpus}",
+        f"#SBATCH --ntasks-per-node={gpus}",
+        "#SBATCH --nodes=1",
+        "#SBATCH --time=90",
+        "#SBATCH --signal=USR2@120",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --cpus-per-task=8",
+        f"#SBATCH --mem={32 * gpus}GB",
+        "#SBATCH --job-name=app",
+    ):
+        assert line in batch
+    assert any(line.startswith("srun --unbuffered") and "submitit.core._submit" in line for line in batch)
+
+
+@needs_plugins
+def test_processes_of_slurm_and_of_the_trainer_agree(slurm: Path, sweep: Callable[..., str]) -> None:
+    error = sweep("hydra/launcher=slurm_4gpu", "trainer=gpu", "seed=0,1")
+    assert error.startswith("error: Expected trainer.devices=4 and trainer.num_nodes=1, the processes and nodes of")
+    assert "got 1 and 1. Type trainer=ddp trainer.devices=4 trainer.num_nodes=1" in error
+    assert len(error.splitlines()) == 1
+    assert not slurm.exists()
+
+
+@needs_plugins
+def test_without_slurm(sweep: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    error = sweep("hydra/launcher=slurm", "seed=0,1")
+    assert error.startswith("error: Expected Slurm's srun and sbatch on this machine, got none.")
+    assert len(error.splitlines()) == 1

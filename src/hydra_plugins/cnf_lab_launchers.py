@@ -67,13 +67,13 @@ class _Apart:
 
     def _lost(self, overrides: Sequence[str], number: int, reason: str) -> JobReturn:
         """Return what a job is for a sweeper that ended without a result, and note it in the job's folder."""
-        log.error("Job %d was lost: %s", number, reason)
+        log.error("Job %d: %s", number, reason)
         config = self._composed(overrides, number)
         folder = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir))
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         if not (folder / ".hydra" / "overrides.yaml").is_file():  # killed before it began
             OmegaConf.save(config.hydra.overrides.task, folder / ".hydra" / "overrides.yaml")
-        (folder / "FAILED").write_text(f"Killed: {reason}\n")
+        (folder / "FAILED").write_text(f"{reason}\n")
         lost = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
         lost.return_value = math.inf
         return lost
@@ -196,9 +196,9 @@ def _is_loss(error: BaseException) -> bool:
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, SystemExit):
-        return f"the job stopped with exit code {error.code}"
-    codes = re.search(r"exit codes of the workers are \{(.+?)\}", text)
-    if codes:
-        return f"the job's process ended with {codes[1]}"
-    state = re.search(r"has not produced any output \(state: (.+?)\)", text)
-    return f"the job's process ended without a result (submitit's state: {state[1]})" if state else text[:400]
+        return f"Stopped: the job ended with exit code {error.code}"
+    if codes := re.search(r"exit codes of the workers are \{(.+?)\}", text):
+        return f"Killed: the job's process ended with {codes[1]}"
+    if state := re.search(r"has not produced any output \(state: (.+?)\)", text):
+        return f"Killed: the job's process ended without a result (submitit's state: {state[1]})"
+    return f"Lost: {text[:400]}"
