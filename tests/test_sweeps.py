@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
 from omegaconf import DictConfig, OmegaConf
 
 from cnf_lab import train as command
 from cnf_lab.errors import RunExistsError
+from cnf_lab.report import report
 from cnf_lab.reporting.collect import collect
 from cnf_lab.train import train
 from cnf_lab.training.command import config_folder
@@ -52,20 +52,21 @@ def sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_pa
         monkeypatch.setattr(sys, "argv", ["train", *fixed, *arguments])
         monkeypatch.setattr(logging.getLogger(), "handlers", [])  # Hydra's would outlive the test's streams
         GlobalHydra.instance().clear()
+        code = 0
         try:
             command.main()
         except SystemExit as stop:
-            assert stop.code == 2
-            return capsys.readouterr().err
-        assert not SweepSummary.missing
-        return ""
+            code = stop.code
+        error = capsys.readouterr().err if code else ""
+        assert code == (2 if error or SweepSummary.missing else 0)
+        return error
 
     return run
 
 
 def jobs(folder: Path) -> dict[str, Path]:
     """Job folders by what varies."""
-    return {path.name.partition("_")[2]: path for path in (folder / "sweep").iterdir() if path.is_dir()}
+    return {path.name.partition("_")[2]: path for path in (folder / "sweep").iterdir() if path.name[0].isdigit()}
 
 
 def table(folder: Path) -> pd.DataFrame:
@@ -73,7 +74,9 @@ def table(folder: Path) -> pd.DataFrame:
 
 
 def written(folder: Path) -> dict[str, int]:
-    return {name: (job / "metrics.json").stat().st_mtime_ns for name, job in jobs(folder).items()}
+    """Say when a job that is done was written."""
+    files = {name: job / "metrics.json" for name, job in jobs(folder).items()}
+    return {name: file.stat().st_mtime_ns for name, file in files.items() if file.is_file()}
 
 
 def test_what_is_done_is_not_run_twice(sweep: Callable[..., str], tmp_path: Path) -> None:
@@ -145,6 +148,7 @@ def test_another_configuration_is_refused(sweep: Callable[..., str], tmp_path: P
 def test_failed_and_killed_jobs_are_listed(sweep: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "sweep" / "7_seed-7" / ".hydra").mkdir(parents=True)  # of a sweep that was killed as a whole
     (tmp_path / "sweep" / "7_seed-7" / ".hydra" / "overrides.yaml").write_text("[seed=7]\n")
+    (tmp_path / "sweep" / "7_seed-7" / "metrics.json").write_text('{"val/nll": 1')
     error = sweep("trace=exact,bottleneck")
     assert error.startswith("error: 2 jobs are not done; the first one: 1_trace-bottleneck: ConfigError: Expected")
     rows = pd.read_csv(tmp_path / "sweep" / "summary.csv")["status"]
@@ -332,3 +336,139 @@ def test_without_slurm(sweep: Callable[..., str], monkeypatch: pytest.MonkeyPatc
     error = sweep("hydra/launcher=slurm", "seed=0,1")
     assert error.startswith("error: Expected Slurm's srun and sbatch on this machine, got none.")
     assert len(error.splitlines()) == 1
+
+
+def launch(*arguments: str, cwd: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "cnf_lab.train", "-m", *TINY, f"hydra.sweep.dir={cwd / 'sweep'}", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def process_of(job: Path) -> int:
+    """Return the process that trains in a folder, when it has made a checkpoint: the one that writes its log."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (job / "checkpoints" / "last.ckpt").is_file():
+            for descriptors in Path("/proc").glob("[0-9]*/fd"):
+                try:
+                    links = [os.readlink(descriptor) for descriptor in descriptors.iterdir()]
+                except OSError:
+                    continue  # gone, or another user's
+                if str(job / "train.log") in links:
+                    return int(descriptors.parent.name)
+        time.sleep(0.05)
+    raise AssertionError(f"nothing trains in {job}")
+
+
+@needs_plugins
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the process in /proc")
+@pytest.mark.parametrize("launcher", ["parallel", "submitit"])
+def test_a_killed_job_leaves_the_others_and_the_page(launcher: str, tmp_path: Path) -> None:
+    """And the same command with skip_done=true runs that job alone, from its last checkpoint."""
+    options = (f"hydra/launcher={launcher}", "hydra.launcher.n_jobs=2", "trainer.max_epochs=400,2,3,4")
+    process = launch(*options, cwd=tmp_path)
+    victim = tmp_path / "sweep" / "0_trainer.max_epochs-400"
+    os.kill(process_of(victim), signal.SIGKILL)
+    output, error = process.communicate(timeout=240)
+    assert process.returncode == 2, output + error
+    assert error.strip().startswith("error: 1 job is not done: 0_trainer.max_epochs-400: Killed: the job's process")
+    assert len(error.strip().splitlines()) == 1
+    assert "Not done:\n  0_trainer.max_epochs-400: Killed:" in output
+    statuses = list(table(tmp_path)["status"])
+    assert statuses[0].startswith("Killed:")
+    assert statuses[1:] == ["done"] * 3
+    assert table(tmp_path)["test/nll"].notna().sum() == 3
+    page = report([str(tmp_path / "sweep")]).read_text()
+    assert "Killed:" in page
+    assert [run.status for run in collect([tmp_path / "sweep"])[0]] == ["failed", "done", "done", "done"]
+
+    before = written(tmp_path)
+    epoch = torch.load(victim / "checkpoints" / "last.ckpt", weights_only=True)["epoch"]
+    output, error = launch(*options, "skip_done=true", cwd=tmp_path).communicate(timeout=240)
+    assert not error.strip()
+    after = written(tmp_path)
+    assert before.items() <= after.items()
+    assert after.keys() - before.keys() == {"trainer.max_epochs-400"}
+    assert list(table(tmp_path)["status"]) == ["done"] * 4
+    log = (victim / "train.log").read_text()
+    assert log.count("epoch 0 ") == 1
+    assert f"epoch {epoch + 1} " in log
+    assert "epoch 399 " in log
+
+
+@pytest.fixture
+def running_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What submitit and Lightning need of Slurm, on this machine: sbatch, srun, sacct, and scontrol to requeue."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    state = tmp_path / "state"
+    state.mkdir()
+    (tools / "sbatch").write_text(f"""#!/bin/bash
+export SLURM_JOB_ID=$((10000 + RANDOM)) SLURM_JOB_NAME=train SLURM_JOB_NUM_NODES=1 SLURM_NNODES=1
+export SLURM_JOB_NODELIST=localhost SLURM_NODELIST=127.0.0.1 SLURM_RESTART_COUNT=0
+export SLURM_NTASKS=$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$1")
+export SLURM_NTASKS_PER_NODE=$SLURM_NTASKS
+job={state}/$SLURM_JOB_ID
+cp "$1" $job.sh
+(
+    bash $job.sh
+    while [ -f $job.requeue ]; do rm $job.requeue; SLURM_RESTART_COUNT=$((SLURM_RESTART_COUNT + 1)); bash $job.sh; done
+    touch $job.done
+) >$job.log 2>&1 &
+echo "Submitted batch job $SLURM_JOB_ID"
+""")
+    (tools / "srun").write_text("""#!/bin/bash
+while [[ $1 == --* ]]; do [[ $1 == --unbuffered ]] && shift || shift 2; done
+for ((task = 0; task < SLURM_NTASKS; task++)); do
+    SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" &
+done
+wait
+""")
+    (tools / "sacct").write_text(f"""#!/bin/bash
+echo "JobID|State|NodeList"
+for job in "$@"; do
+    [ -f {state}/$job.sh ] && echo "$job|$([ -f {state}/$job.done ] && echo COMPLETED || echo RUNNING)|localhost"
+done
+""")
+    (tools / "scontrol").write_text(f"#!/bin/bash\ntouch {state}/$2.requeue\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return state
+
+
+@needs_plugins
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_processes_that_slurm_starts_train_one_model(running_slurm: Path, tmp_path: Path) -> None:
+    options = ("hydra/launcher=slurm", "hydra.launcher.tasks_per_node=2", "hydra.launcher.gpus_per_node=2")
+    process = launch(*options, "trainer=ddp_cpu", "seed=0,1", cwd=tmp_path)
+    output, error = process.communicate(timeout=240)
+    logs = "".join(path.read_text() for path in running_slurm.glob("*.log"))
+    assert process.returncode == 0, output + error + logs
+    assert list(table(tmp_path)["status"]) == ["done", "done"]
+    assert len(jobs(tmp_path)) == 2
+    for folder in jobs(tmp_path).values():
+        log = (folder / "train.log").read_text()
+        assert log.count("epoch 1 ") == 1, "the second process trains in the same run, and is silent"
+    assert logs.count("MEMBER: 2/2") + logs.count("MEMBER: 1/2") == 4
+
+
+@needs_plugins
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the process in /proc")
+def test_a_preempted_job_is_requeued_and_goes_on(running_slurm: Path, tmp_path: Path) -> None:
+    process = launch("hydra/launcher=slurm", "trainer=cpu", "trainer.max_epochs=300", "seed=0,1", cwd=tmp_path)
+    job = tmp_path / "sweep" / "0_seed-0"
+    os.kill(process_of(job), signal.SIGUSR2)
+    output, error = process.communicate(timeout=300)
+    logs = "".join(path.read_text() for path in running_slurm.glob("*.log"))
+    assert process.returncode == 0, output + error + logs
+    assert "Requeued job" in logs
+    log = (job / "train.log").read_text()
+    assert log.count("epoch 0 ") == 1
+    assert "epoch 299 " in log
+    assert list(table(tmp_path)["status"]) == ["done", "done"]

@@ -42,7 +42,7 @@ def save_config(config: DictConfig, folder: Path) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    # At once: the processes of a job write and read the same files.
+    # At once: a kill leaves no half of it, and the processes of a job write and read the same files.
     whole = path.with_name(f"{path.name}.{os.getpid()}")
     whole.write_text(text)
     whole.replace(path)
@@ -51,7 +51,7 @@ def _replace(path: Path, text: str) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file; numbers that are not finite become null, which every reader takes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
+    _replace(path, json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -70,7 +70,9 @@ class SweepSummary(Callback):
                 print("\nNot done:")
                 for job, reason in self.missing.items():
                     print(f"  {job}: {reason}")
-                print(f"The same command with hydra.sweep.dir={folder} skip_done=true runs failed and killed jobs again.")
+                print(
+                    f"The same command with hydra.sweep.dir={folder} skip_done=true runs failed and killed jobs again."
+                )
 
 
 def _job_number(folder: Path) -> int:
@@ -79,7 +81,10 @@ def _job_number(folder: Path) -> int:
 
 
 def _row(job: Path, overrides: str) -> dict[str, str]:
-    metrics = json.loads((job / "metrics.json").read_text()) if (job / "metrics.json").is_file() else {}
+    try:
+        metrics = json.loads((job / "metrics.json").read_text())
+    except (OSError, ValueError):  # not there, or damaged
+        metrics = {}
     row = {"job": str(_job_number(job)), "overrides": overrides}
     row |= {column: _number(metrics.get(column)) for column in COLUMNS}
     row["status"] = _status(job, metrics)
