@@ -130,7 +130,7 @@ class LocalQueueLauncher(_Apart, LocalLauncher):
 
     Args:
         n_jobs: Jobs at a time; -1 takes the number of CPUs.
-        params: Options of submitit.
+        **params: Options of submitit.
     """
 
     def __init__(self, n_jobs: int, **params: Any) -> None:
@@ -150,7 +150,7 @@ class ClusterLauncher(_Apart, SlurmLauncher):
     """Every job as a job of Slurm, submitted by submitit; this process waits for them.
 
     Args:
-        params: Options of submitit and Slurm.
+        **params: Options of submitit and Slurm.
     """
 
     def launch(self, job_overrides: Jobs, initial_job_idx: int) -> Sequence[JobReturn]:

@@ -124,6 +124,7 @@ def _quieten() -> None:
         "does not have many workers",
         "is smaller than the logging interval",
         "Skipping learning rate update",
+        "exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
 
