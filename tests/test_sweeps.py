@@ -46,11 +46,12 @@ TINY = (
 @pytest.fixture
 def sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Callable[..., str]:
     """Run a multirun in this process in the test's folder; give back what it printed as an error."""
+    # Hydra's would outlive a test's streams, of this module and of others.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
 
     def run(*arguments: str) -> str:
         fixed = ["-m", *TINY, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
         monkeypatch.setattr(sys, "argv", ["train", *fixed, *arguments])
-        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # Hydra's would outlive the test's streams
         GlobalHydra.instance().clear()
         code = 0
         try:
