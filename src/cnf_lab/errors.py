@@ -12,6 +12,10 @@ class ConfigError(LabError, ValueError):
     """Options that do not exist, have the wrong value, or do not fit together."""
 
 
+class RunExistsError(ConfigError):
+    """A folder that holds a run already, which another one would overwrite."""
+
+
 class DataError(LabError, ValueError):
     """Data that are missing, damaged, incomplete or of the wrong form."""
 

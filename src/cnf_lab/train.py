@@ -1,7 +1,6 @@
 """Train a flow: ``python -m cnf_lab.train dataset=miniboone solver=dopri5``."""
 
 import logging
-import math
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -9,15 +8,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.data import FlowDataModule
-from cnf_lab.errors import ConfigError
+from cnf_lab.errors import ConfigError, RunExistsError
 from cnf_lab.flows import Flow, continuous_blocks
 from cnf_lab.models import FlowModule
 from cnf_lab.training import tracking
+from cnf_lab.training.again import earlier_value, finite, go_on, is_again
 from cnf_lab.training.build import (
     build,
     build_data,
@@ -30,7 +32,16 @@ from cnf_lab.training.build import (
 )
 from cnf_lab.training.command import check_number, run_command
 from cnf_lab.training.relaunch import one_job
-from cnf_lab.training.run import check_same_rows, environment, load_checkpoint, load_state, save_config, write_json
+from cnf_lab.training.run import (
+    check_same_rows,
+    environment,
+    has_checkpoint,
+    load_checkpoint,
+    load_state,
+    save_config,
+    write_json,
+)
+from cnf_lab.training.sweep import REFUSED
 
 log = logging.getLogger("cnf_lab")
 TERMINATED = 143  # what a shell reports for SIGTERM
@@ -43,7 +54,7 @@ def train(config: DictConfig) -> float:
         config: The composed configuration.
 
     Returns:
-        The best validation value of what the model watches, for sweepers.
+        The best validation value of what the model watches, for sweepers; infinity if it is not finite.
     """
     folder = Path(config.paths.run)
     check_number(config, "seed", int, 0, "0")
@@ -54,6 +65,13 @@ def train(config: DictConfig) -> float:
         torch.set_num_threads(config.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     absolute_paths(config)
+    again = is_again(config)
+    if again:
+        earlier = earlier_value(config, folder)
+        if earlier is not None:
+            log.info("%s has metrics.json of this configuration: not run again", folder)
+            return earlier
+        go_on(config, folder)
 
     # 1. Data first: the flow needs their shape. 2. The flow. 3. Its module. 4. The trainer.
     data = build_data(config)
@@ -61,11 +79,13 @@ def train(config: DictConfig) -> float:
     module = build_module(config, flow, data)
     last = str(folder / "checkpoints" / "last.ckpt") if config.resume else None
     if last is None:
-        refuse_another_run(folder)
+        if not again:
+            refuse_another_run(folder)
         fit_preprocess(flow, data)
     else:
         check_resumable(module, data, last)
     save_config(config, folder)
+    (folder / "FAILED").unlink(missing_ok=True)  # of an earlier try
     failed = True
     try:
         trainer = build_trainer(config)
@@ -86,7 +106,7 @@ def train(config: DictConfig) -> float:
         tracking.finish(failed)
     if trainer.is_global_zero:
         report(config, data, module, metrics, folder)
-    return metrics.get(module.monitor, math.inf)
+    return finite(metrics.get(module.monitor))
 
 
 def job(config: DictConfig) -> float:
@@ -99,8 +119,12 @@ def job(config: DictConfig) -> float:
             # Lightning leaves in this way on a signal, after SIGTERM with the code of a success.
             raise SystemExit(TERMINATED if stop.code is None else stop.code) from None
         except Exception as error:
-            with suppress(OSError):
-                (Path(config.paths.run) / "FAILED").write_text(f"{type(error).__name__}: {error}\n")
+            # A run that is kept from being overwritten has not failed: SweepSummary takes the file away.
+            kept = isinstance(error, RunExistsError)
+            if not kept or HydraConfig.get().mode == RunMode.MULTIRUN:
+                with suppress(OSError):
+                    mark = Path(config.paths.run) / (REFUSED if kept else "FAILED")
+                    mark.write_text(f"{type(error).__name__}: {error}\n")
             raise
 
 
@@ -118,8 +142,8 @@ def absolute_paths(config: DictConfig) -> None:
 
 def refuse_another_run(folder: Path) -> None:
     """Keep a new run from overwriting an old one."""
-    if any((folder / "checkpoints").glob("*.ckpt")):
-        raise ConfigError(
+    if has_checkpoint(folder):
+        raise RunExistsError(
             f"Expected a run folder without a run in it, got {folder}. "
             f"Type resume={folder} to go on with it, or another hydra.run.dir=...."
         )
@@ -171,7 +195,6 @@ def report(
     config: DictConfig, data: FlowDataModule, module: FlowModule, metrics: dict[str, float], folder: Path
 ) -> None:
     """Write metrics.json and say where the run ended."""
-    (folder / "FAILED").unlink(missing_ok=True)
     context = {
         "unit": module.unit,
         "data": data.describe(),

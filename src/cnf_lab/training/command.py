@@ -26,6 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cnf_lab.errors import ConfigError, LabError
+from cnf_lab.training.run import has_checkpoint
+from cnf_lab.training.sweep import SweepSummary
 
 log = logging.getLogger("cnf_lab")
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -42,6 +44,17 @@ FIXED_BY_A_RUN = (
     "schedule",
 )
 
+#: What a group has besides the lab's own options.
+ALSO = {
+    "experiment": ("null",),
+    "debug": ("null",),
+    "hydra/launcher": ("basic", "joblib", "submitit_local", "submitit_slurm"),
+    "hydra/sweeper": ("basic", "optuna"),
+}
+
+OmegaConf.register_new_resolver(
+    "hydra_files", lambda folder: None if has_checkpoint(folder) else ".hydra", replace=True
+)
 OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.-]+", "-", str(text))[:100], replace=True)
 
 
@@ -60,10 +73,12 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str) -> None:
         config_name: Name of the primary configuration.
     """
     failures: list[Exception] = []
+    SweepSummary.missing.clear()
 
     def guarded(config: DictConfig) -> Any:
         # Hydra prints a line of its own for an error that it sees, and a multirun would end
         # there. A failed job counts as infinitely bad, and the next one runs.
+        _quieten()  # in the process of a launcher too
         try:
             return task(config)
         except Exception as error:
@@ -79,6 +94,8 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str) -> None:
     try:
         sys.argv[1:] = _resumed(_prepared(sys.argv[1:]))
         hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(guarded)()
+        if SweepSummary.missing:  # found in the folders: jobs of other processes leave nothing here
+            raise LabError(SweepSummary.missing_in_a_line())
         if len(failures) == 1:
             raise failures[0]
         if failures:
@@ -87,6 +104,7 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str) -> None:
         # The reader of our output has left, as `head` does; nothing is left to flush to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
+        error = _missing_extra(error) or error
         if kept == "1" or not _for_user(error):
             raise
         print(f"error: {explain(error, sys.argv[1:], config_name)}", file=sys.stderr)
@@ -106,6 +124,7 @@ def _quieten() -> None:
         "does not have many workers",
         "is smaller than the logging interval",
         "Skipping learning rate update",
+        "exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
 
@@ -136,6 +155,17 @@ def check_number(
 def _for_user(error: BaseException) -> bool:
     # A folder that cannot be written and a full disk are the user's to mend, and say so themselves.
     return isinstance(error, LabError | HydraException | OmegaConfBaseException | OSError)
+
+
+def _missing_extra(error: Exception) -> ConfigError | None:
+    # Hydra's words for a launcher or sweeper whose package is not there.
+    unknown = re.search(r"Unknown plugin class : '(hydra_plugins\S+)'", str(error))
+    if not unknown:
+        return None
+    return ConfigError(
+        f"Expected Hydra's plugins for sweeps to be installed, got none for {unknown[1]}. "
+        'Type pip install "cnf-lab[sweep]".'
+    )
 
 
 def explain(error: BaseException, arguments: Sequence[str], config_name: str) -> str:
@@ -214,13 +244,14 @@ def _items(value: str) -> list[str]:
 def _unknown(argument: str, groups: dict[str, list[str]], chosen: Sequence[str], config_name: str) -> str | None:
     """Explain what is unknown about one override, or None where it is known."""
     match = re.match(r"^[+~]{0,2}([\w/.@-]+)=(.*)$", argument)
-    if not match or argument.startswith("hydra"):
+    if not match:
         return None
     key, value = match.group(1).split("@")[0], match.group(2)
     if key in groups:
-        known = (*groups[key], "null") if key in ("experiment", "debug") else groups[key]
-        wrong = [item for item in _items(value) if item not in known]
+        wrong = [item for item in _items(value) if item not in (*groups[key], *ALSO.get(key, ()))]
         return _expected(f"{key} to be one of", wrong[0], groups[key], f"{key}=") if wrong else None
+    if key.startswith("hydra"):
+        return None
     keys = _keys(config_name, chosen)
     if not keys or key in keys or argument.startswith(("+", "~")):
         return None

@@ -25,6 +25,11 @@ CHECKPOINTS = ("best.ckpt", "last.ckpt")
 PACKAGES = ("cnf_lab", "torch", "pytorch-lightning", "torchdiffeq", "hydra-core", "numpy", "zuko")
 
 
+def has_checkpoint(folder: str | Path) -> bool:
+    """Say whether a run has left a checkpoint in a folder, which another run must not overwrite."""
+    return any((Path(folder) / "checkpoints").glob("*.ckpt"))
+
+
 def save_config(config: DictConfig, folder: Path) -> None:
     """Write the configuration with every interpolation resolved."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,14 +37,21 @@ def save_config(config: DictConfig, folder: Path) -> None:
         again = config.copy()
         again.resume = None
         (folder / ".hydra").mkdir(exist_ok=True)
-        OmegaConf.save(again, folder / ".hydra" / "config.yaml")
-    (folder / "config_resolved.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        _replace(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(again))
+    _replace(folder / "config_resolved.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+
+
+def _replace(path: Path, text: str) -> None:
+    # At once: a kill leaves no half of it, and the processes of a job write and read the same files.
+    whole = path.with_name(f"{path.name}.{os.getpid()}")
+    whole.write_text(text)
+    whole.replace(path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file; numbers that are not finite become null, which every reader takes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
+    _replace(path, json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def environment() -> dict[str, Any]:

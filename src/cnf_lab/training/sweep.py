@@ -3,7 +3,7 @@
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -24,15 +24,32 @@ COLUMNS = (
     "nfe/backward",
     "time/step_seconds",
 )
+LIKELIHOODS = [column for column in COLUMNS if column.startswith("val/")]
+#: A job's word that it left the run in its folder alone; read and removed at the end of the multirun.
+REFUSED = "REFUSED"
 
 
 class SweepSummary(Callback):
-    """Prints a table of the jobs after a multirun and writes it as ``summary.csv``."""
+    """Prints a table of the jobs after a multirun and writes it as ``summary.csv``; lists those that are not done.
+
+    It goes by the job folders: whatever launched a job, and however it ended, they tell.
+    """
+
+    #: Reason by job that is not done, of the last multirun of this process; the command ends with an error for them.
+    missing: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def missing_in_a_line(cls) -> str:
+        """Return how many jobs are not done, and why the first one is not."""
+        job, reason = next(iter(cls.missing.items()))
+        count = "1 job is not done" if len(cls.missing) == 1 else f"{len(cls.missing)} jobs are not done; the first one"
+        return f"{count}: {job}: {reason}"
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Collect metrics.json, or the failure, of every job folder."""
         folder = Path(config.hydra.sweep.dir)
         jobs = sorted((path.parent.parent for path in folder.glob("*/.hydra/overrides.yaml")), key=_job_number)
+        self.missing.clear()
         if jobs:
             overrides = [list(map(str, OmegaConf.load(job / ".hydra" / "overrides.yaml"))) for job in jobs]
             common = [item for item in overrides[0] if all(item in others for others in overrides)]
@@ -47,6 +64,15 @@ class SweepSummary(Callback):
                 writer.writeheader()
                 writer.writerows(rows)
             print(f"\n{len(jobs)} jobs in {folder}, all with {' '.join(common) or 'the defaults'}\n{_table(rows)}")
+            status = {job.name: row["status"] for job, row in zip(jobs, rows, strict=True)}
+            self.missing.update({job: reason for job, reason in status.items() if reason != "done"})
+            if self.missing:
+                print("\nNot done:")
+                for job, reason in self.missing.items():
+                    print(f"  {job}: {reason}")
+                print(
+                    f"The same command with hydra.sweep.dir={folder} skip_done=true runs failed and killed jobs again."
+                )
 
 
 def _job_number(folder: Path) -> int:
@@ -55,12 +81,27 @@ def _job_number(folder: Path) -> int:
 
 
 def _row(job: Path, overrides: str) -> dict[str, str]:
-    metrics = json.loads((job / "metrics.json").read_text()) if (job / "metrics.json").is_file() else {}
-    failure = job / "FAILED"
+    try:
+        metrics = json.loads((job / "metrics.json").read_text())
+    except (OSError, ValueError):  # not there, or damaged
+        metrics = {}
     row = {"job": str(_job_number(job)), "overrides": overrides}
     row |= {column: _number(metrics.get(column)) for column in COLUMNS}
-    row["status"] = " ".join(failure.read_text().split()) if failure.is_file() else "done" if metrics else "unfinished"
+    row["status"] = _status(job, metrics)
     return row
+
+
+def _status(job: Path, metrics: dict[str, Any]) -> str:
+    for mark in (REFUSED, "FAILED"):
+        if (job / mark).is_file():
+            reason = " ".join((job / mark).read_text().split()) or f"{mark} is empty"
+            (job / REFUSED).unlink(missing_ok=True)
+            return reason
+    if not metrics:
+        return "killed: neither metrics.json nor FAILED"
+    return (
+        "done" if any(metrics.get(column) is not None for column in LIKELIHOODS) else "diverged: no finite likelihood"
+    )
 
 
 def _filled(rows: list[dict[str, str]]) -> list[dict[str, str]]:
