@@ -70,11 +70,12 @@ def evaluate(config: DictConfig) -> float:
     run = require_run(config.run)
     model, rebuild = restore_flow(run)
     settings = chosen(config, model)
-    shares, device = started(config.processes, choose_device(config.device))
-    model.to(device)
-
+    device = choose_device(config.device)
     data = open_data(config, rebuild) if config.data is None or config.samples else None
     name, rows, notes = open_rows(config, model, rebuild, data)
+    # Not before all mistakes are told, which each process would tell again.
+    shares, device = started(config.processes, device)
+    model.to(device)
     together = config.batch_size or (200 if is_of_images(model) else 2000)
     what = Evaluated(rows, together, config.seed, shares)
     found = findings(model, what, config, settings)

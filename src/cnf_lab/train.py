@@ -1,6 +1,7 @@
 """Train a flow: ``python -m cnf_lab.train dataset=miniboone solver=dopri5``."""
 
 import logging
+import math
 import time
 from contextlib import suppress
 from pathlib import Path

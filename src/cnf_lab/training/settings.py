@@ -19,7 +19,7 @@ PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 DIVERGENCES = ("exact", "hutchinson")
 MANY = 256  # entries of an image above which divergence=auto goes by probes
 LOOSEST_CHECK = 1e-6  # a hundredth of a coarse tolerance is none to check by
-FINEST = 1e-12  # tolerance beyond which float64 has nothing to give
+FINEST, FINEST_CHECK = 1e-12, 1e-13  # tolerances beyond which float64 has nothing to give
 #: What converge=true goes up to, before it says that it has not come through.
 MOST_PROBES, MOST_DRAWS = 256, 1000
 
@@ -74,7 +74,7 @@ class Settings:
 
     def tight(self) -> "Settings":
         """Return what a check computes with: float64, at a hundredth of the tolerance and no more than 1e-6."""
-        atol, rtol = (min(bound / 100, LOOSEST_CHECK) for bound in (self.atol, self.rtol))
+        atol, rtol = (max(FINEST_CHECK, min(bound / 100, LOOSEST_CHECK)) for bound in (self.atol, self.rtol))
         return replace(self, atol=atol, rtol=rtol, precision="float64")
 
     def exactly(self) -> "Settings":
@@ -116,7 +116,7 @@ def chosen(config: DictConfig, model: AnyModel) -> Settings:
         model: The model.
 
     Raises:
-        ConfigError: If an option is none of its choices.
+        ConfigError: If an option is none of its choices, or a tolerance too fine.
     """
     images = is_of_images(model)
     precision = config.precision or ("float32" if images else "float64")
@@ -131,15 +131,21 @@ def chosen(config: DictConfig, model: AnyModel) -> Settings:
     usual = 1e-5 if images else 1e-7
     settings = Settings(
         config.method,
-        config.atol or usual,
-        config.rtol or usual,
+        float(config.atol or usual),
+        float(config.rtol or usual),
         precision,
         config.divergence if config.divergence != "auto" else "hutchinson" if large else "exact",
         config.probes,
         config.draws,
-        config.memory,
+        float(config.memory),
         config.chunk,
     )
+    for name, bound in (("atol", settings.atol), ("rtol", settings.rtol)):
+        if bound < FINEST:
+            raise ConfigError(
+                f"Expected {name} of at least {FINEST:g}, the finest that float64 can hold, got {bound:g}. "
+                f"Type {name}=1e-9."
+            )
     settings.solver()  # which refuses a method without error control
     return settings
 

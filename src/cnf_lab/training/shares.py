@@ -34,13 +34,17 @@ class Shares:
         """Return what a function finds of every batch of the first rows, in their order, in every process.
 
         Batches do not depend on the number of processes, and neither do their results where the function
-        takes its random numbers from the first row's number. A failure in one process is one in all.
+        takes its random numbers from the first row's number. A failure in one process ends all of them, and the
+        first one tells it.
 
         Args:
             rows: The rows.
             batch_size: Rows of a batch.
             limit: Only the first rows; None for all.
             one: Function of the number of a batch's first row, and of the batch.
+
+        Raises:
+            SystemExit: In the other processes, if any failed.
         """
         count = min(len(rows), limit or len(rows))
         starts = range(0, count, batch_size)
@@ -61,7 +65,7 @@ class Shares:
         torch.distributed.all_gather_object(shares, (found, failure))
         for _, theirs in shares:
             if theirs is not None:
-                raise theirs
+                raise theirs if self.first else SystemExit(2)
         return [shares[k % self.processes][0][k // self.processes] for k in range(len(starts))]
 
 
