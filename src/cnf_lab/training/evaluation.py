@@ -85,6 +85,11 @@ class Changes:
     checked: int
     computed: bool
 
+    def counts(self) -> dict[str, int]:
+        """Return how many rows were checked, and how many of them by exact divergences."""
+        exactly = {} if self.exact is None else {"checked_exactly": len(self.exact)}
+        return {"checked": self.checked, **exactly}
+
 
 def findings(model: AnyModel, what: Evaluated, config: DictConfig, settings: Settings) -> Findings:
     """Return what is found of rows; under ``converge=true`` with settings that the last digit printed can bear.
@@ -100,11 +105,11 @@ def findings(model: AnyModel, what: Evaluated, config: DictConfig, settings: Set
     """
     find = autoencoder_findings if isinstance(model, VariationalAutoencoder) else flow_findings
     digit = 10.0**-config.digits
-    for _ in range(ROUNDS):
+    for left in reversed(range(ROUNDS)):
         settings.apply(model)
         found = find(model, what, config, settings)  # type: ignore[arg-type]
-        better = settings.tightened(_excess(found, digit), tangents(model)) if config.converge else None
-        if better is None or not _helps(better, settings):
+        better = settings.tightened(_excess(found, digit), tangents(model)) if config.converge and left else None
+        if better is None:
             break
         if what.shares.first:
             log.info("converge: %s", better.described())
@@ -116,10 +121,6 @@ def _excess(found: Findings, digit: float) -> dict[str, float]:
     # A third of the digit for each source: together they stay below it.
     widths = {name: found.main.sources.get(name) for name in ("solver", "probes", "draws")}
     return {name: 3 * width / digit for name, width in widths.items() if width is not None}
-
-
-def _helps(better: Settings, settings: Settings) -> bool:
-    return better.described() != settings.described()
 
 
 def flow_findings(flow: Flow, what: Evaluated, config: DictConfig, settings: Settings) -> Findings:
@@ -141,9 +142,7 @@ def flow_findings(flow: Flow, what: Evaluated, config: DictConfig, settings: Set
     rows = found.log_prob.shape[1]
     changes = _changes(flow, what, config, settings, rows, drawn=images)
     others = _others(found.trace_error, settings, changes, rows)
-    counts = {"rows": rows, "checked": changes.checked}
-    if changes.exact is not None:
-        counts["checked_exactly"] = len(changes.exact)
+    counts = {"rows": rows, **changes.counts()}
     if not images:
         budgets = {"nll": budget(-found.log_prob[0], "nats", others)}
         numbers = nll_numbers(found) | _gaps("nll", changes, 1.0)
@@ -202,7 +201,7 @@ def autoencoder_findings(
     rows = found.log_weight.shape[1]
     numbers = elbo_numbers(found, model)
     changes = _changes(model, what, config, settings, rows, drawn=True)
-    counts = {"rows": rows, "draws": settings.draws, "checked": changes.checked}
+    counts = {"rows": rows, "draws": settings.draws, **changes.counts()}
     numbers |= _gaps("negative_elbo", changes, 1.0)
     others = {"draws": of_draws(found.log_weight, changes.pairs), **_others(found.trace_error, settings, changes, rows)}
     budgets = {"negative_elbo": budget(-found.log_weight.mean(dim=0), "nats", others)}

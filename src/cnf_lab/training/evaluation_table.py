@@ -66,7 +66,7 @@ def report(name: str, found: Findings, context: dict[str, Any]) -> None:
             log.info("%s: %.4g", words.format(**said), numbers[quality])
     for line in checks(found, said):
         log.info("%s", line)
-    for line in warnings(found, digits):
+    for line in warnings(found, digits, context["converge"]):
         log.warning("%s", line)
 
 
@@ -117,12 +117,13 @@ def checks(found: Findings, said: dict[str, Any]) -> list[str]:
     return lines
 
 
-def warnings(found: Findings, digits: int) -> list[str]:
+def warnings(found: Findings, digits: int, converge: bool = False) -> list[str]:
     """Return what a reader must not overlook.
 
     Args:
         found: What was found.
         digits: Decimals of a number.
+        converge: Whether the computation was to come below the last of them.
     """
     lines, digit, settings = [], 10.0**-digits, found.settings
     said = {
@@ -131,6 +132,12 @@ def warnings(found: Findings, digits: int) -> list[str]:
         "finer_atol": settings.atol / 100,
         "finer_rtol": settings.rtol / 100,
     }
+    computation = found.main.computation
+    if converge and computation is not None and computation > digit:
+        lines.append(
+            f"Expected converge=true to bring the computation's part of {found.quantity} below {digit:g}, got "
+            f"{_width(computation)} with {settings.described()}. Type digits={max(0, digits - 1)}."
+        )
     wide: dict[str, list[Budget]] = {}
     names = {id(own): name for name, own in found.budgets.items()}
     for name, own in found.budgets.items():
