@@ -72,7 +72,7 @@ def test_one_file_holds_all_evaluations_of_a_run(command, tmp_path, caplog):
         assert len(np.load(tmp_path / "evaluation" / f"{name}_log_prob.npy")) == found[name]["context"]["rows"]
     assert "NLL, nats" in caplog.text
     assert "± holds the truth with probability 0.99" in caplog.text
-    assert "Expected errors within the last digit printed, 0.01, got nll" in caplog.text
+    assert "Expected errors within the last digit printed, 0.01 nats, got nll" in caplog.text
 
     (tmp_path / "evaluation.json").write_text("{damaged")
     evaluate(command("limit=10"))

@@ -281,10 +281,11 @@ def test_budgets_of_an_evaluation_and_without_one(tmp_path: Path) -> None:
     (budget,) = budgets(0, read_run(run.path, "run"))
     assert budget.whole
     assert (budget.quantity, budget.unit, budget.half_width) == ("nll", "nats", 0.0401)
-    assert budget.sources == {"rows": 0.04, "probes": 0.02, "solver": 1e-4}
+    assert budget.sources == {"rows": 0.04, "probes": 0.02, "draws": None, "solver": 1e-4}
     page = report([str(tmp_path)]).read_text()
     assert 'class="bar solver" style="width:0.25%"' in page
     assert 'class="bar total" style="width:100.00%"' in page
+    assert "draws unknown" in page
     said = " ".join(texts(page).split())
     assert "mmd chamfer 0.25 0.125 777" in re.sub(r"\s+", " ", said)
 

@@ -3,12 +3,15 @@
 import json
 import logging
 import math
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cnf_lab.autoencoders import VariationalAutoencoder
@@ -22,7 +25,6 @@ from cnf_lab.training.checks import Evaluated
 from cnf_lab.training.command import check_number, run_command
 from cnf_lab.training.evaluation import Findings, findings
 from cnf_lab.training.evaluation_table import report
-from cnf_lab.training.relaunch import one_job
 from cnf_lab.training.run import (
     check_same_rows,
     choose_device,
@@ -70,6 +72,7 @@ def evaluate(config: DictConfig) -> float:
     run = require_run(config.run)
     model, rebuild = restore_flow(run)
     settings = chosen(config, model)
+    check_bound(config, model, settings)
     device = choose_device(config.device)
     data = open_data(config, rebuild) if config.data is None or config.samples else None
     name, rows, notes = open_rows(config, model, rebuild, data)
@@ -77,8 +80,13 @@ def evaluate(config: DictConfig) -> float:
     shares, device = started(config.processes, device)
     model.to(device)
     together = config.batch_size or (200 if is_of_images(model) else 2000)
-    what = Evaluated(rows, together, config.seed, shares)
-    found = findings(model, what, config, settings)
+    what = Evaluated(rows, min(len(rows), config.limit or len(rows)), together, config.seed, shares)
+    try:
+        found = findings(model, what, config, settings)
+    except Exception:
+        if shares.first:
+            raise
+        sys.exit(0)  # the first process tells it, with an exit code of its own
     if not shares.first:
         return found.numbers[found.quantity]
 
@@ -86,7 +94,7 @@ def evaluate(config: DictConfig) -> float:
     if config.samples:
         assert data is not None
         written["samples"] = sample_findings(model, rows, data.split("train"), config.sample_metrics, together)
-    context = described(config, run, model, found, rebuild, notes)
+    context = described(config, run, model, found, rebuild, notes) | {"batch_size": together}
     folder = Path(config.output) if config.output else run_folder(run)
     per_row = folder / "evaluation" / f"{name}_{found.per_row_name}.npy"
     per_row.parent.mkdir(parents=True, exist_ok=True)
@@ -111,9 +119,24 @@ def check(config: DictConfig) -> None:
             raise ConfigError(f"Expected {name} to be true or false, got {config[name]}. Type {name}=true.")
     if config.converge and config.check == 0:
         raise ConfigError("Expected rows to check for converge=true, got check=0. Leave out check, or type check=20.")
+    if config.processes > 1 and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ConfigError(
+            f"Expected processes=1 in a multirun, got {config.processes}. Type hydra/launcher=parallel, by which "
+            "several evaluations run at a time, or a command for each run."
+        )
     if config.check == 1:
         raise ConfigError("Expected check to be 0 or at least 2, for one row tells no spread, got 1. Type check=20.")
     check_samples(config)
+
+
+def check_bound(config: DictConfig, model: AnyModel, settings: Settings) -> None:
+    """Refuse an importance-weighted bound out of estimated divergences."""
+    weighted = isinstance(model, VariationalAutoencoder) and config.iwae_draws > 0
+    if weighted and not settings.exact and continuous_blocks(model):
+        raise ConfigError(
+            "Expected divergence=exact for the importance-weighted bound, which the noise of probes would pass "
+            f"for a better one, got {config.divergence}. Type divergence=exact, or iwae_draws=0."
+        )
 
 
 def described(
@@ -129,6 +152,7 @@ def described(
         "limit": config.limit,
         **found.counts,
         "digits": config.digits,
+        "conditional": bool(rebuild["context_features"]),
         "unit": found.unit,
         "notes": notes,
         "solver": settings.solver().describe() if solved else None,
@@ -138,6 +162,7 @@ def described(
         "converge": config.converge,
         "processes": config.processes,
         "seed": rebuild["config"]["seed"],
+        "evaluation_seed": config.seed,
         **environment(),
     }
 
@@ -184,15 +209,9 @@ def open_data(config: DictConfig, rebuild: dict[str, Any]) -> FlowDataModule:
     return data
 
 
-def job(config: DictConfig) -> float:
-    """Run one evaluation, alone or of a multirun."""
-    with one_job("cnf_lab.evaluate"):
-        return evaluate(config)
-
-
 def main() -> None:
     """Run the command."""
-    run_command(job, "evaluate")
+    run_command(evaluate, "evaluate")
 
 
 if __name__ == "__main__":

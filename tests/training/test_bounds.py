@@ -75,7 +75,7 @@ def test_probes_leave_an_error_that_covers_the_truth(linear_gaussian, rows):
 def test_importance_weighted_in_passes_of_any_size(linear_gaussian, rows):
     model = linear_gaussian(continuous("cnf-gated"))
     known = model.truth(rows.__getitems__(range(17)).x)
-    for pass_rows in (7, 400, 10_000):
+    for pass_rows in (90, 400, 10_000):
         found = importance_weighted(model, rows, 400, pass_rows, None, 0)
         assert found.bound.shape == found.sample_size.shape == (17,)
         assert ((found.sample_size >= 1) & (found.sample_size <= 400 + 1e-6)).all()
@@ -135,6 +135,6 @@ def test_the_check_sees_a_loose_solve(linear_gaussian, rows, tolerance, visible)
         nn.init.normal_(parameter, std=0.5)
     settings = Settings("dopri5", tolerance, tolerance, "float32", "exact", 4, 1)
     settings.apply(model)
-    what = Evaluated(ArrayRows(rows.array.astype(np.float32)), 10, 0, Shares())
-    changed = change(model, settings, settings.tight(), lambda: negative(model, what, 10)[0])
+    what = Evaluated(ArrayRows(rows.array.astype(np.float32)), 10, 10, 0, Shares())
+    changed = change(model, settings, settings.tight(), lambda: negative(model, what)[0])
     assert (float(changed.abs().max()) > 1e-3) == visible

@@ -17,19 +17,19 @@ from cnf_lab.trace import Exact
 from cnf_lab.training.budget import (
     Budget,
     budget,
+    less,
     of_draws,
     of_errors,
     of_solver,
     of_some,
-    of_weights,
     quantile,
-    sample_size,
 )
 from cnf_lab.training.checks import Evaluated
 from cnf_lab.training.evaluation import autoencoder_findings, findings, flow_findings
 from cnf_lab.training.evaluation_table import table, warnings
+from cnf_lab.training.likelihoods import jackknife_error, sample_size
 from cnf_lab.training.settings import Settings
-from cnf_lab.training.shares import Shares
+from cnf_lab.training.shares import EvenRows, Shares, in_order
 
 TRIALS, HELD = 100, 95
 MATRIX = torch.tensor([[-1.4, 1.3, 0.2], [-1.1, -0.3, 0.6], [0.5, -0.7, -1.2]], dtype=torch.float64)
@@ -78,20 +78,23 @@ def noise():
 
 
 def options(**changed):
-    usual = {"limit": None, "check": None, "check_exact": None, "iwae_draws": 0, "iwae_limit": None, "digits": 2}
-    return OmegaConf.create({**usual, "converge": False, "divergence": "exact", "mass": False, **changed})
+    usual = {"check": None, "check_exact": None, "iwae_draws": 0, "iwae_limit": None, "digits": 2}
+    return OmegaConf.create({**usual, "converge": False, "mass": False, **changed})
+
+
+def all_of(x, seed, pass_rows=1000):
+    return Evaluated(ArrayRows(np.asarray(x)), len(x), pass_rows, seed, Shares())
 
 
 def found(model, x, settings, seed=0, **changed):
-    rows = ArrayRows(np.asarray(x))
-    return findings(model, Evaluated(rows, 1000, seed, Shares()), options(**changed), settings)
+    return findings(model, all_of(x, seed), options(**changed), settings)
 
 
 def tried(model, x, settings, seed=0, pass_rows=1000, **changed):
     """The same without the way back."""
     settings.apply(model)
     find = flow_findings if isinstance(model, Flow) else autoencoder_findings
-    return find(model, Evaluated(ArrayRows(np.asarray(x)), pass_rows, seed, Shares()), options(**changed), settings)
+    return find(model, all_of(x, seed, pass_rows), options(**changed), settings)
 
 
 def data(seed, rows):
@@ -276,7 +279,7 @@ def test_importance_weighted_bound(linear_gaussian):
     trials = Trials()
     for seed in range(TRIALS):
         settings = computed(draws=2)
-        budgets = tried(model, x, settings, seed, iwae_draws=draws, check=10).budgets
+        budgets = found(model, x, settings, seed, iwae_draws=draws, check=10).budgets
         own = budgets["negative_iwae_bound"]
         trials.add(own.value, bound, own.computation)
     trials.check()
@@ -296,15 +299,20 @@ def test_half_widths_by_hand():
     halved = own.scaled(0.5, "bits/dim")
     assert halved.half_width == pytest.approx(own.half_width / 2)
     assert halved.unit == "bits/dim"
-    assert quantile(1e9) == pytest.approx(stats.norm.ppf(0.995))
-    assert of_errors(values, 3) == pytest.approx(stats.t.ppf(0.995, 9) * math.sqrt(21) / 3)
-    assert of_some(values, 100) == pytest.approx(stats.t.ppf(0.995, 3) * math.sqrt(7) / 10)
+    assert quantile(math.inf) == pytest.approx(stats.norm.ppf(0.995))
+    together = 3 * 21**2 / (1 + 16 + 256)
+    assert of_errors(values, 3) == pytest.approx(stats.t.ppf(0.995, together) * math.sqrt(21) / 3)
+    squares = values.square()
+    upper = squares.mean() + stats.t.ppf(0.995, 2) * squares.std() / math.sqrt(3)
+    assert of_some(values, 100) == pytest.approx(stats.norm.ppf(0.995) * math.sqrt(upper / 100))
     two = torch.stack([values, values + 2])
     assert of_draws(two, None) == of_errors(torch.full((3,), 1.0, dtype=torch.float64), 1)
-    changes = torch.tensor([0.1, 0.3], dtype=torch.float64)
-    assert of_solver(changes, 2) == pytest.approx(0.2 / 0.9)
+    assert less(5.0, 3.0) == 4.0
+    assert less(3.0, 5.0) == 0.0
+    changes = torch.tensor([0.1, -0.3], dtype=torch.float64)
+    assert of_solver(changes, 2) == pytest.approx(0.1 + 0.25 * 0.2)
     spread = stats.t.ppf(0.995, 1) * changes.std().item() * math.sqrt(1 / 2 - 1 / 8)
-    assert of_solver(changes, 8) == pytest.approx((0.2 + spread) / 0.9)
+    assert of_solver(changes, 8) == pytest.approx(0.1 + 0.25 * 0.2 + spread)
 
 
 def test_what_is_not_known_is_said():
@@ -313,32 +321,87 @@ def test_what_is_not_known_is_said():
     assert unknown.computation is None
     assert budget(torch.ones(1), "nats", {}).half_width is None
     assert of_errors(torch.ones(3), 0) is None
+    assert of_errors(torch.zeros(3), 1) == 0
     assert of_draws(torch.ones(1, 3), None) is None
+    assert of_some(torch.ones(1), 5) is None
+    assert less(None, 0.0) is None
     assert of_solver(torch.ones(1), 2) is None
-    assert of_solver(torch.full((1,), 0.9), 1) == pytest.approx(1.0)
-    assert of_weights(torch.ones(3), 1) is None
     own = found(gaussian_flow(), data(0, 20), computed(), check=0)
     assert own.main.sources["solver"] is None
     assert "The error of nll from solver is not known. Type check=20." in warnings(own, 0)
+    one = found(gaussian_flow(), data(0, 1), computed())
+    assert one.main.half_width is None
+    assert "The error of nll from rows is not known. Evaluate more rows." in warnings(one, 0)
 
 
-def test_sample_size_of_weights():
-    weights = torch.rand(7, 4, dtype=torch.float64) + 0.1
-    expected = weights.sum(dim=0).square() / weights.square().sum(dim=0)
-    torch.testing.assert_close(sample_size(weights.log()), expected)
-    assert of_weights(torch.full((4,), 7.0), 7) == 0  # equal weights: nothing is left open
+@pytest.mark.parametrize("spread", [0.3, 3.0, 10.0])
+def test_the_jackknife_sees_weights_that_outweigh_the_others(spread):
+    """Against the deviation of many such means; the delta method cannot exceed one nat."""
+    torch.manual_seed(0)
+    log_weight = spread * torch.randn(10, 4000, dtype=torch.float64)
+    truth = float((log_weight.logsumexp(dim=0)).std())
+    assert 0.8 * truth < float(jackknife_error(log_weight).square().mean().sqrt()) < 1.4 * truth
+    assert float(jackknife_error(torch.zeros(7, 2)).max()) < 1e-6
+    assert bool(jackknife_error(torch.zeros(1, 2)).isnan().all())
+    expected = log_weight.exp().sum(dim=0).square() / log_weight.exp().square().sum(dim=0)
+    torch.testing.assert_close(sample_size(log_weight), expected)
+
+
+def test_rows_that_are_sorted_by_how_hard_they_are():
+    """The rows that are checked lie all over the set, and a batch holds rows of all of it."""
+    trials, flow = Trials(), gaussian_flow()
+    for seed in range(20):
+        x = data(seed, 400)
+        x = x[np.argsort(np.linalg.norm(x, axis=1))]
+        settings = Settings("dopri5", 1e-2, 1e-2, "float64", "exact", 4, 1)
+        own = tried(flow, x, settings, pass_rows=50).main
+        trials.add(own.value, nll(torch.from_numpy(x)).mean(), own.sources["solver"])
+    assert trials.held == 20
+
+
+def test_batches_are_put_in_order():
+    rows = ArrayRows(np.arange(23.0)[:, None])
+    for batch_size in (1, 4, 23, 50):
+        seen = Shares().by_batch(rows, batch_size, 20, lambda number, batch: batch.x[:, 0])
+        assert max(map(len, seen)) <= batch_size
+        assert in_order(seen).tolist() == list(range(20))
+        doubled = in_order([torch.stack([part, 2 * part]) for part in seen], dim=1)
+        assert doubled[1].tolist() == list(range(0, 40, 2))
+    some = EvenRows(rows, 20, 5)
+    assert some.numbers == [0, 5, 10, 14, 19]
+    assert some.__getitems__(range(1, 3)).x[:, 0].tolist() == [5, 10]
+
+
+def test_a_check_that_fails_loses_nothing():
+    """Inverting a strong contraction explodes; the likelihood stays."""
+    flow = gaussian_flow()
+    flow.transform.transforms[1].field.stack.layers[1].linear.weight.data.copy_(-1000 * torch.eye(3))
+    own = found(flow, data(0, 20), computed(1e-3))
+    assert math.isfinite(own.main.value)
+    assert "invertibility_error" not in own.numbers
+    (told,) = [line for line in warnings(own, 0) if line.startswith("Not checked")]
+    assert told.startswith("Not checked, the way back: The solve with")
+
+
+def test_rows_that_are_not_finite_are_named():
+    own = found(gaussian_flow(), data(0, 20), computed())
+    own.per_row[0, 3] = -math.inf
+    own.main.sources["rows"] = math.inf
+    told = warnings(own, 2, converge=True)
+    assert told[0].startswith("Expected finite numbers of all rows, got others of 1: numbers 3, from 0.")
+    assert "unknown" in table(own, 2, {})[1]
 
 
 def test_the_table_and_its_warnings():
     own = found(gaussian_flow(), data(0, 400), Settings("dopri5", 0.3, 0.3, "float64", "exact", 4, 1), check=100)
-    lines = table(own.budgets, 2, {})
-    assert lines[0].split() == ["mean", "±", "rows", "solver"]
+    lines = table(own, 2, {})
+    assert lines[0].split() == ["mean", "s.e.", "±", "rows", "solver"]
     assert lines[1].startswith("NLL, nats")
     (warned,) = warnings(own, 2)
-    assert warned.startswith("Expected errors within the last digit printed, 0.01, got nll ")
+    assert warned.startswith("Expected errors within the last digit printed, 0.01 nats, got nll ")
     assert "most of it from rows" in warned
     assert not warnings(own, 0)
-    coarse = found(gaussian_flow(), data(0, 400_0), Settings("dopri5", 3.0, 3.0, "float64", "exact", 4, 1), check=4000)
+    coarse = found(gaussian_flow(), data(0, 4000), Settings("dopri5", 3.0, 3.0, "float64", "exact", 4, 1), check=4000)
     coarse.main.sources["rows"] = 0.0
     (warned,) = warnings(coarse, 5)
     assert "most of it from solver. Type converge=true, or atol=3e-02 rtol=3e-02." in warned

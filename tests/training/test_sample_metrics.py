@@ -186,7 +186,7 @@ def test_evaluate_writes_and_prints_them(tmp_path, lab_config, caplog):
         "rtol=1e-4",
     )
     evaluate(lab_config(f"run={run}", f"output={tmp_path}", *choices, command="evaluate"))
-    written = json.loads((tmp_path / "test.json").read_text())
+    written = json.loads((tmp_path / "evaluation.json").read_text())["test"]
     assert {row["metric"] for row in written["samples"]} == set(METRICS)
     assert all(row.keys() >= FIELDS for row in written["samples"])
     assert {row["cloud_size"] for row in written["samples"] if row["distance"] == "emd"} == {10}
@@ -194,7 +194,7 @@ def test_evaluate_writes_and_prints_them(tmp_path, lab_config, caplog):
     lines = [line for line in caplog.messages if line.startswith("nearest neighbour accuracy")]
     assert [line.split()[3] for line in lines] == ["chamfer", "emd", "l2"]
     evaluate(lab_config(f"run={run}", f"output={tmp_path}", "atol=1e-4", "rtol=1e-4", command="evaluate"))
-    assert "samples" not in json.loads((tmp_path / "test.json").read_text())
+    assert "samples" not in json.loads((tmp_path / "evaluation.json").read_text())["test"]
 
 
 def test_the_table_tells_sinkhorns_plans(options, caplog):

@@ -39,7 +39,7 @@ class MeanWithError(Metric):
         self.squares += values.square().sum()
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard error; the error of a single value is infinite."""
+        """Return mean and standard error; the error of a single value is NaN."""
         mean = self.total / self.count
         variance = (self.squares / self.count - mean.square()).clamp(min=0)
         return mean, (variance / (self.count - 1)).sqrt()

@@ -24,7 +24,7 @@ class Budget:
         unit: Its unit.
         half_width: Of the interval; None where only single errors are known.
         confidence: Of the interval.
-        sources: Half-width by source.
+        sources: Half-width by source; None where there is an error that is not known.
         whole: Whether it comes from an evaluation, and not from the run's own test.
     """
 
@@ -35,7 +35,7 @@ class Budget:
     unit: str
     half_width: float | None
     confidence: float
-    sources: dict[str, float]
+    sources: dict[str, float | None]
     whole: bool
 
 
@@ -57,7 +57,7 @@ def _evaluated(number: int, name: str, numbers: dict[str, Any]) -> Iterator[Budg
             continue
         sources = own.get("sources")
         known = sources.items() if isinstance(sources, dict) else ()
-        widths = {str(source): float(width) for source, width in known if is_number(width)}
+        widths = {str(source): float(width) if is_number(width) else None for source, width in known}
         half = float(own["half_width"]) if is_number(own.get("half_width")) else None
         value, confidence = float(own["value"]), float(own["confidence"])
         yield Budget(number, name, str(quantity), value, str(own.get("unit")), half, confidence, widths, True)
@@ -68,7 +68,9 @@ def _standard_errors(number: int, run: Run) -> Iterator[Budget]:
         value = run.value(split)
         names = {source: f"{split}/{run.quantity}{suffix}_standard_error" for source, suffix in SUFFIXES.items()}
         found = {source: run.metrics.get(name) for source, name in names.items()}
-        widths = {source: NORMAL * abs(error) for source, error in found.items() if error is not None}
+        widths: dict[str, float | None] = {
+            source: NORMAL * abs(error) for source, error in found.items() if error is not None
+        }
         if value is not None and widths:
             yield Budget(number, split, run.quantity, value, run.unit, None, CONFIDENCE, widths, False)
             return
@@ -86,7 +88,7 @@ def grouped(found: Sequence[Budget], runs: Sequence[Run]) -> list[dict[str, Any]
 
 
 def _longest(rows: Sequence[Budget]) -> float:
-    return max((width for row in rows for width in (*row.sources.values(), row.half_width or 0.0)), default=0.0) or 1.0
+    return max((width or 0.0 for row in rows for width in (*row.sources.values(), row.half_width)), default=0.0) or 1.0
 
 
 def sample_rows(number: int, run: Run) -> list[dict[str, Any]]:

@@ -16,8 +16,15 @@ from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.data import Batch, Rows
 from cnf_lab.metrics import bits_per_dim
 from cnf_lab.ode import SolveStats
-from cnf_lab.training.likelihoods import error_of_mean, mean_with_error, mixed
-from cnf_lab.training.shares import Shares
+from cnf_lab.training.likelihoods import (
+    error_of_mean,
+    jackknife_error,
+    log_mean,
+    mean_with_error,
+    mixed,
+    sample_size,
+)
+from cnf_lab.training.shares import Shares, in_order
 
 ACTIVE = 0.01  # variance of a latent's posterior mean over images beyond which it is active (Burda et al.)
 
@@ -55,7 +62,7 @@ def elbos(
 ) -> Elbos:
     """Return the ELBOs of images by a model in evaluation mode.
 
-    Random numbers of a batch come from (seed, draw, first image): more draws leave the first ones as
+    Random numbers of a batch come from (seed, draw, its number): more draws leave the first ones as
     they were, and another solver or precision meets the same draws and probes.
 
     Args:
@@ -69,8 +76,8 @@ def elbos(
     """
     anchor = model.prior.sample(0)
 
-    def one(start: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[int]]:
-        found = [model.terms(batch.x.to(anchor), 1, _generator(anchor, seed, draw, start)) for draw in range(draws)]
+    def one(number: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[int]]:
+        found = [model.terms(batch.x.to(anchor), 1, _generator(anchor, seed, draw, number)) for draw in range(draws)]
         weights = torch.cat([term.log_weight for term in found]).double().cpu()
         parts = -torch.cat([term.log_likelihood for term in found]).double().cpu()
         latents = torch.cat([term.latent for term in found]).double().cpu()
@@ -79,11 +86,11 @@ def elbos(
 
     found = (shares or Shares()).by_batch(rows, batch_size, limit, one)
     weights, parts, latents, errors, nfe = zip(*found, strict=True)
-    drawn = torch.cat(latents, dim=1)
+    drawn = in_order(latents, dim=1)
     variance = drawn.var(dim=0) if draws > 1 else torch.full_like(drawn[0], torch.nan)
-    spread = torch.cat([torch.cat(own) for own in errors], dim=1) if errors[0] else None
+    spread = in_order([torch.cat(own) for own in errors], dim=1) if errors[0] else None
     evaluations = tuple(sum(nfe, []))
-    return Elbos(torch.cat(weights, dim=1), torch.cat(parts, dim=1), drawn.mean(dim=0), variance, spread, evaluations)
+    return Elbos(in_order(weights, dim=1), in_order(parts, dim=1), drawn.mean(dim=0), variance, spread, evaluations)
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,12 @@ class ImportanceWeighted:
     Attributes:
         bound: :math:`\log \tfrac1K \sum_k w_k` in nats (images,), float64.
         sample_size: Effective number of draws, :math:`(\sum_k w_k)^2 / \sum_k w_k^2` of K (images,).
+        error: Standard error of the bound over draws (images,); NaN with one draw.
     """
 
     bound: Tensor
     sample_size: Tensor
+    error: Tensor
 
 
 @torch.no_grad()
@@ -124,26 +133,23 @@ def importance_weighted(
     together = max(1, pass_rows // draws)  # images in a pass, where all draws of some fit
     per_pass = min(draws, pass_rows)
 
-    def one(start: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        x = batch.x.to(anchor)
-        first = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
-        second = first.clone()
+    def one(number: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        x, drawn = batch.x.to(anchor), []
         for done in range(0, draws, per_pass):
             # Another word than those of the ELBO's draws: the two are independent.
-            generator = _generator(anchor, seed, 1, start, done)
-            log_weight = model.terms(x, min(per_pass, draws - done), generator).log_weight.double()
-            first = torch.logaddexp(first, log_weight.logsumexp(dim=0))
-            second = torch.logaddexp(second, (2 * log_weight).logsumexp(dim=0))
-        return (first - math.log(draws)).cpu(), (2 * first - second).exp().cpu()
+            generator = _generator(anchor, seed, 1, number, done)
+            drawn.append(model.terms(x, min(per_pass, draws - done), generator).log_weight.double().cpu())
+        log_weight = torch.cat(drawn)
+        return log_mean(log_weight), sample_size(log_weight), jackknife_error(log_weight)
 
-    bounds, sizes = zip(*(shares or Shares()).by_batch(rows, together, limit, one), strict=True)
-    return ImportanceWeighted(torch.cat(bounds), torch.cat(sizes))
+    found = zip(*(shares or Shares()).by_batch(rows, together, limit, one), strict=True)
+    return ImportanceWeighted(*(in_order(part) for part in found))
 
 
 def elbo_numbers(found: Elbos, model: VariationalAutoencoder) -> dict[str, float]:
     """Return the mean negative ELBO with its standard errors over images, draws and probes, and its parts.
 
-    With several draws there are ``active_units``, the latents whose posterior mean differs between
+    With several draws and images there are ``active_units``, the latents whose posterior mean differs between
     images: its variance, less what the finite number of draws adds, is above 0.01, and by three
     deviations of the noise that these draws leave.
 
@@ -159,8 +165,9 @@ def elbo_numbers(found: Elbos, model: VariationalAutoencoder) -> dict[str, float
     numbers |= {"reconstruction": reconstruction, "kl": mean - reconstruction}
     if draws > 1:
         numbers["negative_elbo_draws_standard_error"] = error_of_mean(negative.std(dim=0) / math.sqrt(draws))
+    if draws > 1 and len(found.latent_mean) > 1:
         added = found.latent_variance.mean(dim=0) / draws
-        noise = added * math.sqrt(2 / max(len(found.latent_mean) - 1, 1))  # of a variance of that many normal means
+        noise = added * math.sqrt(2 / (len(found.latent_mean) - 1))  # of a variance of that many normal means
         between = found.latent_mean.var(dim=0) - added
         numbers["active_units"] = float((between > ACTIVE + 3 * noise).sum())
     if found.trace_error is not None:

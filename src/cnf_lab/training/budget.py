@@ -6,8 +6,8 @@ probability :data:`CONFIDENCE`.
 * ``rows``: the rows are a finite sample of the data. By Student's t from the spread of the rows, which holds the
   noise of their probes and draws as well.
 * ``probes``: the divergence is estimated. From the spread of each row's probes.
-* ``draws``: of dequantisation noise, or of a posterior. From the spread of each row's draws, or of two draws of the
-  rows that are checked.
+* ``draws``: of dequantisation noise, or of a posterior. From the spread of each row's draws, less what their probes
+  explain, or of two draws of the rows that are checked.
 * ``solver``: the solve has a tolerance, and arithmetic rounds. Not by chance, so that it does not average out: a
   bound, out of the changes that a solve at a hundredth of the tolerance in float64 makes to the rows that are checked.
 
@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats import norm
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -30,8 +31,9 @@ from cnf_lab.training.likelihoods import error_of_mean, mean_with_error
 
 #: Probability with which an interval holds the truth. Not 0.95: of 100 trials at least 95 shall hold it.
 CONFIDENCE = 0.99
-#: A solve at a hundredth of the tolerance is itself wrong, by at most a tenth of the change that it makes.
-RESOLVED = 1 / (1 - 0.1)
+#: Of the size of the changes, what the tighter solve itself may be wrong by, and what other batches, which take steps
+#: of their own, may differ by.
+MARGIN = 0.25
 SOURCES = ("rows", "probes", "draws", "solver")
 
 
@@ -97,29 +99,41 @@ def budget(values: Tensor, unit: str, others: Mapping[str, float | None]) -> Bud
 
 
 def of_errors(errors: Tensor, freedom: int) -> float | None:
-    """Return the half-width of a mean of rows whose standard errors are known.
+    r"""Return the half-width of a mean of rows whose standard errors are known.
+
+    Rows differ in their noise: together they have :math:`\nu (\sum_i s_i^2)^2 / \sum_i s_i^4` degrees of freedom
+    (Satterthwaite), fewer than in equal rows.
 
     Args:
         errors: Standard error of each row (rows,).
-        freedom: Degrees of freedom of each of them; with none the half-width is not known.
+        freedom: Degrees of freedom ν of each of them; with none the half-width is not known.
     """
-    return quantile(freedom * len(errors)) * error_of_mean(errors) if freedom > 0 else None
+    squares = errors.square()
+    if freedom < 1 or not bool(squares.sum() > 0):
+        return None if freedom < 1 else 0.0
+    together = freedom * float(squares.sum() ** 2 / squares.square().sum())
+    return quantile(together) * error_of_mean(errors)
 
 
 def of_some(changes: Tensor, rows: int) -> float | None:
     """Return the half-width of a mean of rows, each with an error of mean zero, from such errors of a few of them.
 
+    The mean square of a few may be too small by chance: the upper end of its own interval counts.
+
     Args:
         changes: The errors of a few rows (checked,).
         rows: Number of rows of the mean.
     """
-    if not len(changes):
+    checked = len(changes)
+    if checked < 2:
         return None
-    return quantile(len(changes)) * float(changes.square().mean().sqrt()) / math.sqrt(rows)
+    squares = changes.square()
+    upper = float(squares.mean()) + quantile(checked - 1) * float(squares.std()) / math.sqrt(checked)
+    return quantile(math.inf) * math.sqrt(upper / rows)
 
 
 def of_draws(values: Tensor, pairs: Tensor | None) -> float | None:
-    """Return what the draws leave open of a mean of rows and of their draws.
+    """Return what the draws leave open of a mean of rows and of their draws, with the probes of each.
 
     Args:
         values: Values of each draw and row (draws, rows).
@@ -131,12 +145,23 @@ def of_draws(values: Tensor, pairs: Tensor | None) -> float | None:
     return None if pairs is None else of_some((pairs[0] - pairs[1]) / math.sqrt(2), rows)
 
 
+def less(draws: float | None, probes: float | None) -> float | None:
+    """Return what draws leave open beyond their probes, which are drawn anew with each.
+
+    Args:
+        draws: Half-width of both.
+        probes: Half-width of the probes.
+    """
+    return None if draws is None or probes is None else math.sqrt(max(0.0, draws**2 - probes**2))
+
+
 def of_solver(changes: Tensor, rows: int) -> float | None:
     r"""Return a bound of the solver's error of a mean.
 
-    .. math:: \tfrac{1}{1 - 0.1}\left(|\bar d| + t_{m-1}\, s_d \sqrt{1/m - 1/n}\right)
+    .. math:: |\bar d| + \tfrac14 \overline{|d|} + t_{m-1}\, s_d \sqrt{1/m - 1/n}
 
-    for the changes d of m of n rows: they stand for the others, whose mean may differ by chance.
+    for the changes d of m of n rows: they stand for the others, whose mean may differ by chance and by the steps of
+    their batch, and the tighter solve is not without an error either.
 
     Args:
         changes: What a much tighter solve changes of each row (checked,).
@@ -147,36 +172,12 @@ def of_solver(changes: Tensor, rows: int) -> float | None:
         return None
     left = max(0.0, 1 / checked - 1 / rows)
     spread = quantile(checked - 1) * float(changes.std()) * math.sqrt(left) if left else 0.0
-    return RESOLVED * (abs(float(changes.mean())) + spread)
-
-
-def of_weights(sample_size: Tensor, draws: int) -> float | None:
-    r"""Return what K draws leave open of a mean of importance-weighted bounds.
-
-    By the delta method the variance of :math:`\log \frac1K \sum_k w_k` is :math:`(K / S - 1) / (K - 1)` for an
-    effective sample size :math:`S = (\sum_k w_k)^2 / \sum_k w_k^2`. Where S is a few draws only, it is a rough guess.
-
-    Args:
-        sample_size: S of each row (rows,).
-        draws: K.
-    """
-    if draws < 2:
-        return None
-    return of_errors(((draws / sample_size - 1) / (draws - 1)).clamp(min=0).sqrt(), draws - 1)
+    return abs(float(changes.mean())) + MARGIN * float(changes.abs().mean()) + spread
 
 
 def quantile(freedom: int | float) -> float:
-    """Return the two-sided quantile of Student's t at :data:`CONFIDENCE`."""
-    return float(student.ppf(0.5 + CONFIDENCE / 2, freedom))
-
-
-def sample_size(log_weight: Tensor) -> Tensor:
-    r"""Return effective numbers of draws, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`.
-
-    Args:
-        log_weight: Logarithms of weights (draws, rows).
-    """
-    return (2 * log_weight.logsumexp(dim=0) - (2 * log_weight).logsumexp(dim=0)).exp()
+    """Return the two-sided quantile of Student's t at :data:`CONFIDENCE`, of the normal with infinite freedom."""
+    return float((student(freedom) if freedom < math.inf else norm()).ppf(0.5 + CONFIDENCE / 2))
 
 
 def _sum(first: float | None, second: float | None) -> float | None:
@@ -184,6 +185,9 @@ def _sum(first: float | None, second: float | None) -> float | None:
 
 
 def largest_source(found: Budget) -> str:
-    """Return the source that most of a budget comes from."""
+    """Return the source that most of a budget comes from; rows count without the probes and draws in them."""
     known = {name: width for name, width in found.sources.items() if width is not None}
+    if "rows" in known:
+        noise = known.get("probes", 0.0) ** 2 + known.get("draws", 0.0) ** 2
+        known["rows"] = math.sqrt(max(0.0, known["rows"] ** 2 - noise))
     return max(known, key=lambda name: known[name])

@@ -15,44 +15,49 @@ from cnf_lab.flows import Flow
 from cnf_lab.training.bounds import elbos
 from cnf_lab.training.likelihoods import log_likelihoods, mixed
 from cnf_lab.training.settings import AnyModel, Settings
-from cnf_lab.training.shares import Shares
+from cnf_lab.training.shares import EvenRows, Shares, in_order
 
 #: Points along each axis of the grid that a density is summed on, by its number of dimensions.
 GRID = {1: 2001, 2: 201, 3: 41}
 GRID_TOLERANCE = 1e-5  # of the solves there: the mass is told to five digits
 SAMPLES = 2000  # that tell where a density lies
-MARGIN = 0.25  # of the extent of rows and samples, beyond them on either side
+MARGIN = 0.25  # of the extent of the samples, beyond them on either side
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The rows of an evaluation, and how they are gone through.
+    """Rows, and how they are gone through.
 
     Attributes:
         rows: The rows.
+        count: How many of them, the first ones.
         pass_rows: Rows per solve.
         seed: Seed of noise and probes.
         shares: The processes that share the batches.
     """
 
     rows: Rows
+    count: int
     pass_rows: int
     seed: int
     shares: Shares
 
+    def some(self, count: int) -> "Evaluated":
+        """Return some of the rows, evenly spaced: files are often sorted."""
+        return replace(self, rows=EvenRows(self.rows, self.count, count), count=count)
 
-def negative(model: AnyModel, what: Evaluated, count: int, draws: int = 1) -> Tensor:
-    """Return NLLs, or negative ELBOs, of the first rows in nats (draws, count).
+
+def negative(model: AnyModel, what: Evaluated, draws: int = 1) -> Tensor:
+    """Return NLLs, or negative ELBOs, of rows in nats (draws, rows).
 
     Args:
         model: The model, in evaluation mode.
         what: The rows.
-        count: Number of rows.
         draws: Draws per row.
     """
     if isinstance(model, VariationalAutoencoder):
-        return -elbos(model, what.rows, what.pass_rows, count, draws, what.seed, what.shares).log_weight
-    return -log_likelihoods(model, what.rows, what.pass_rows, count, draws, what.seed, what.shares).log_prob
+        return -elbos(model, what.rows, what.pass_rows, what.count, draws, what.seed, what.shares).log_weight
+    return -log_likelihoods(model, what.rows, what.pass_rows, what.count, draws, what.seed, what.shares).log_prob
 
 
 def change(model: AnyModel, usual: Settings, other: Settings, measure: Callable[[], Tensor]) -> Tensor:
@@ -73,23 +78,22 @@ def change(model: AnyModel, usual: Settings, other: Settings, measure: Callable[
 
 
 @torch.no_grad()
-def inversion_errors(model: AnyModel, what: Evaluated, count: int) -> Tensor:
-    r"""Return how far rows are from themselves after the way to the latent end and back (count,).
+def inversion_errors(model: AnyModel, what: Evaluated) -> Tensor:
+    r"""Return how far rows are from themselves after the way to the latent end and back (rows,).
 
     .. math:: \max_i |x'_i - x_i| / \sigma_i
 
-    with the deviations σ of the features over these rows. Of an autoencoder they are latents of the
-    posterior's flow, on the way back and forth again.
+    with the deviations σ of the features over these rows (1 for a constant one). Of an autoencoder they are
+    latents of the posterior's flow, on the way back and forth again.
 
     Args:
         model: The model, whose flow has an inverse.
         what: The rows.
-        count: Number of rows.
     """
     anchor = (model.prior if isinstance(model, VariationalAutoencoder) else model.base).sample(0)
 
-    def one(start: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator(anchor.device).manual_seed(mixed(what.seed, 0, start))
+    def one(number: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(anchor.device).manual_seed(mixed(what.seed, 0, number))
         if isinstance(model, VariationalAutoencoder):
             images = batch.x.to(anchor)
             context = model.encoder(model.likelihood.scaled(images))
@@ -103,8 +107,8 @@ def inversion_errors(model: AnyModel, what: Evaluated, count: int) -> Tensor:
             back = model.push_forward(z, given, with_log_det=False).value
         return x.flatten(1).double().cpu(), (back - x).flatten(1).double().cpu()
 
-    found = what.shares.by_batch(what.rows, what.pass_rows, count, one)
-    x, difference = (torch.cat(parts) for parts in zip(*found, strict=True))
+    found = what.shares.by_batch(what.rows, what.pass_rows, what.count, one)
+    x, difference = (in_order(parts) for parts in zip(*found, strict=True))
     deviation = x.std(dim=0, correction=0)
     return (difference.abs() / torch.where(deviation > 0, deviation, 1.0)).amax(dim=1)
 
@@ -126,33 +130,30 @@ class Mass:
     points: int
 
 
-def total_mass(flow: Flow, what: Evaluated, settings: Settings, points: int | None = None) -> Mass:
-    """Sum a density of at most three dimensions over a box around rows and samples, by the trapezoidal rule.
+def total_mass(flow: Flow, what: Evaluated, settings: Settings) -> Mass:
+    """Sum a density of at most three dimensions over a box around its samples, by the trapezoidal rule.
 
-    A conditional density is taken given the context of the first row.
+    With exact divergences: a mean of exponentials of what probes say would be too large. A conditional density
+    is taken given the context of the first row.
 
     Args:
         flow: The density.
-        what: Rows near which it lies.
+        what: Rows, of which the first may bring a context.
         settings: The settings that the density has; on the grid it is solved at 1e-5, if they are tighter.
-        points: Odd number of points along each axis; None takes a usual one.
     """
     dimensions = math.prod(flow.event_shape)
-    points = points or GRID[dimensions]
-    anchor = flow.base.sample(0)
-    first = what.rows.__getitems__(range(min(len(what.rows), 10_000)))
-    context = None if first.context is None else first.context[:1]
-    drawn = _samples(flow, context, anchor.device, what.seed)
-    # Rows with other contexts say nothing of this density.
-    seen = drawn if context is not None else torch.cat([drawn, first.x.flatten(1).double()])
-    low, high = seen.amin(dim=0), seen.amax(dim=0)
+    points = GRID[dimensions]
+    device = flow.base.sample(0).device
+    context = what.rows.__getitems__([0]).context
+    drawn = _samples(flow, context, device, what.seed)
+    low, high = drawn.amin(dim=0), drawn.amax(dim=0)
     low, high = low - MARGIN * (high - low), high + MARGIN * (high - low)
     axes = [np.linspace(float(a), float(b), points) for a, b in zip(low, high, strict=True)]
     grid = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
     given = None if context is None else np.broadcast_to(context.numpy(), (len(grid), context.shape[1]))
     rows = ArrayRows(grid.reshape(-1, *flow.event_shape), given)
-    loose = (max(settings.atol, GRID_TOLERANCE), max(settings.rtol, GRID_TOLERANCE))
-    replace(settings, atol=loose[0], rtol=loose[1]).apply(flow)
+    atol, rtol = (max(bound, GRID_TOLERANCE) for bound in (settings.atol, settings.rtol))
+    replace(settings.exactly(), atol=atol, rtol=rtol).apply(flow)
     try:
         log_prob = log_likelihoods(flow, rows, what.pass_rows, seed=what.seed, shares=what.shares).log_prob[0]
     finally:
@@ -161,7 +162,7 @@ def total_mass(flow: Flow, what: Evaluated, settings: Settings, points: int | No
     cell = math.prod(float(axis[1] - axis[0]) for axis in axes)
     coarse = density[(slice(None, None, 2),) * dimensions]
     mass, halved = _trapezoid(density) * cell, _trapezoid(coarse) * cell * 2**dimensions
-    again = _samples(flow, context, anchor.device, what.seed + 1)
+    again = _samples(flow, context, device, what.seed + 1)
     outside = ((again < low) | (again > high)).any(dim=1).double().mean()
     return Mass(mass, abs(mass - halved), float(outside), points)
 

@@ -2,32 +2,34 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypeVar
 
+import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from cnf_lab.autoencoders import VariationalAutoencoder
-from cnf_lab.errors import ConfigError
+from cnf_lab.errors import SolverError
 from cnf_lab.flows import Flow, UniformDequantiser, continuous_blocks
-from cnf_lab.training.bounds import Elbos, elbo_numbers, elbos, importance_numbers, importance_weighted
-from cnf_lab.training.budget import (
-    Budget,
-    budget,
-    of_draws,
-    of_errors,
-    of_solver,
-    of_some,
-    of_weights,
-    sample_size,
-)
+from cnf_lab.metrics import bits_per_dim
+from cnf_lab.training.bounds import ImportanceWeighted, elbo_numbers, elbos, importance_numbers, importance_weighted
+from cnf_lab.training.budget import Budget, budget, less, of_draws, of_errors, of_solver, of_some
 from cnf_lab.training.checks import GRID, Evaluated, change, inversion_errors, negative, total_mass
-from cnf_lab.training.likelihoods import Likelihoods, image_numbers, log_likelihoods, nll_numbers, uniformly
+from cnf_lab.training.likelihoods import (
+    Likelihoods,
+    image_numbers,
+    jackknife_error,
+    log_likelihoods,
+    nll_numbers,
+    uniformly,
+)
 from cnf_lab.training.settings import AnyModel, Settings, tangents
 
 log = logging.getLogger("cnf_lab")
-EXACTLY = 4  # of them by an exact divergence as well, where it takes many tangents
+Found = TypeVar("Found")
+EXACTLY = 4  # rows that are checked by exact divergences, where they take many tangents
 FEW_TANGENTS = 64
 CHECKED_DRAWS = 100  # of an importance-weighted bound, in its check
 ROUNDS = 6  # of converge=true
@@ -47,6 +49,7 @@ class Findings:
         nfe: Evaluations for each batch and draw.
         settings: How it was computed.
         counts: Rows and draws that the numbers come from, by name.
+        problems: What could not be checked, and why.
     """
 
     numbers: dict[str, float]
@@ -57,7 +60,8 @@ class Findings:
     per_row_name: str
     nfe: tuple[int, ...]
     settings: Settings
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int]
+    problems: list[str]
 
     @property
     def main(self) -> Budget:
@@ -65,25 +69,27 @@ class Findings:
         return self.budgets[self.quantity]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Changes:
     """What other ways of computing change, per row.
 
     Attributes:
+        checked: Number of rows that are computed again.
+        computed: Whether there is an error of a solve or of float32 to look for.
         solver: NLL by a solve at a hundredth of the tolerance in float64 less the usual one (checked,); None
             where nothing is checked.
         exact: NLL by exact divergences less that by probes, both at the tight solve (checked exactly,);
             None where divergences are exact.
         pairs: NLLs of two draws (2, checked); None where nothing is drawn or more are drawn of every row.
-        checked: Number of rows that were checked.
-        computed: Whether there is an error of a solve or of float32 to look for.
+        problems: What could not be checked, and why.
     """
 
-    solver: Tensor | None
-    exact: Tensor | None
-    pairs: Tensor | None
     checked: int
     computed: bool
+    solver: Tensor | None = None
+    exact: Tensor | None = None
+    pairs: Tensor | None = None
+    problems: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """Return how many rows were checked, and how many of them by exact divergences."""
@@ -99,9 +105,6 @@ def findings(model: AnyModel, what: Evaluated, config: DictConfig, settings: Set
         what: The rows.
         config: The composed configuration of ``evaluate.yaml``.
         settings: How to compute, at first.
-
-    Raises:
-        ConfigError: If the options do not go together.
     """
     find = autoencoder_findings if isinstance(model, VariationalAutoencoder) else flow_findings
     digit = 10.0**-config.digits
@@ -114,6 +117,8 @@ def findings(model: AnyModel, what: Evaluated, config: DictConfig, settings: Set
         if what.shares.first:
             log.info("converge: %s", better.described())
         settings = better
+    if isinstance(model, VariationalAutoencoder) and config.iwae_draws:
+        found = _with_bound(model, what, config, found)
     return replace(found, numbers={**found.numbers, **_further(model, what, config, found)})
 
 
@@ -136,142 +141,154 @@ def flow_findings(flow: Flow, what: Evaluated, config: DictConfig, settings: Set
     draws = settings.draws if images else 1
 
     def likelihoods(draws: int) -> Likelihoods:
-        return log_likelihoods(flow, what.rows, what.pass_rows, config.limit, draws, what.seed, what.shares)
+        return log_likelihoods(flow, what.rows, what.pass_rows, what.count, draws, what.seed, what.shares)
 
     found = likelihoods(draws)
-    rows = found.log_prob.shape[1]
-    changes = _changes(flow, what, config, settings, rows, drawn=images)
+    rows = what.count
+    changes = _changes(flow, what, config, settings, drawn=images)
     others = _others(found.trace_error, settings, changes, rows)
     counts = {"rows": rows, **changes.counts()}
     if not images:
         budgets = {"nll": budget(-found.log_prob[0], "nats", others)}
         numbers = nll_numbers(found) | _gaps("nll", changes, 1.0)
-        return Findings(numbers, budgets, "nll", "nats", found.log_prob, "log_prob", found.nfe, settings, counts)
+        parts = ("nll", "nats", found.log_prob, "log_prob", found.nfe, settings, counts, changes.problems)
+        return Findings(numbers, budgets, *parts)
 
     uniform, pairs = found, changes.pairs
     if not isinstance(flow.dequantiser, UniformDequantiser):
         own, flow.dequantiser = flow.dequantiser, uniformly(flow)
         uniform = likelihoods(1)
-        pairs = _pairs(flow, what, counts["checked"])
+        pairs = negative(flow, what.some(changes.checked), draws=2) if changes.checked else None
         flow.dequantiser = own
-    scale = 1 / (math.prod(flow.event_shape) * math.log(2))
-    numbers = image_numbers(found, uniform, math.prod(flow.event_shape)) | _gaps("bits_per_dim", changes, scale)
-    nats = {
-        "": budget(-found.log_prob.mean(dim=0), "nats", {"draws": of_draws(found.log_prob, changes.pairs), **others})
-    }
-    single = (
-        of_some(uniform.log_prob.std(dim=0), rows) if len(uniform.log_prob) > 1 else of_draws(uniform.log_prob, pairs)
-    )
-    first_error = None if uniform.trace_error is None else uniform.trace_error[:1]
-    alone = {"draws": single, **_others(first_error, settings, changes, rows)}
-    nats["_uniform_1"] = budget(-uniform.log_prob[0], "nats", alone)
+    pixels = math.prod(flow.event_shape)
+    numbers = image_numbers(found, uniform, pixels) | _gaps("bits_per_dim", changes, _bits(pixels))
+    nats = {"": budget(-found.log_prob.mean(dim=0), "nats", _drawn(of_draws(found.log_prob, changes.pairs), others))}
+    if len(uniform.log_prob) > 1:
+        single = of_errors(uniform.log_prob.std(dim=0), draws - 1)
+    else:
+        single = of_draws(uniform.log_prob, pairs)
+    error = None if uniform.trace_error is None else uniform.trace_error[:1]
+    nats["_uniform_1"] = budget(-uniform.log_prob[0], "nats", _drawn(single, _others(error, settings, changes, rows)))
     if "bits_per_dim_importance_weighted" in numbers:
-        weighted = {"draws": of_weights(sample_size(found.log_prob), draws), **others}
+        weighted = {"draws": of_errors(jackknife_error(found.log_prob), draws - 1), **others}
         nats["_importance_weighted"] = budget(-found.importance_weighted(), "nats", weighted)
-    elif draws > 1 and what.shares.first:
-        log.info(
-            "no importance-weighted bound: the noise of probes would pass for a better one. Type divergence=exact."
+    elif draws > 1:
+        changes.problems.append(
+            "No importance-weighted bound: the noise of probes would pass for a better one. Type divergence=exact."
         )
-    budgets = {f"bits_per_dim{name}": own.scaled(scale, "bits/dim") for name, own in nats.items()}
-    parts = ("bits_per_dim", "bits/dim", found.log_prob, "log_prob", found.nfe, settings)
-    return Findings(numbers, budgets, *parts, counts | {"draws": draws})
+    budgets = {f"bits_per_dim{name}": own.scaled(_bits(pixels), "bits/dim") for name, own in nats.items()}
+    counts["draws"] = draws
+    parts = ("bits_per_dim", "bits/dim", found.log_prob, "log_prob", found.nfe, settings, counts, changes.problems)
+    return Findings(numbers, budgets, *parts)
 
 
 def autoencoder_findings(
     model: VariationalAutoencoder, what: Evaluated, config: DictConfig, settings: Settings
 ) -> Findings:
-    """Return the ELBO of images and, if asked for, the importance-weighted bound.
+    """Return the ELBO of images.
 
     Args:
         model: The autoencoder, with the settings applied.
         what: The images.
         config: The composed configuration of ``evaluate.yaml``.
         settings: How to compute.
-
-    Raises:
-        ConfigError: If the importance-weighted bound is asked for with an estimated divergence.
     """
-    estimated = not settings.exact and bool(continuous_blocks(model))
-    if config.iwae_draws and estimated:
-        raise ConfigError(
-            "Expected divergence=exact for the importance-weighted bound, which the noise of probes would pass "
-            f"for a better one, got {config.divergence}. Type divergence=exact, or iwae_draws=0."
-        )
-    found = elbos(model, what.rows, what.pass_rows, config.limit, settings.draws, what.seed, what.shares)
-    rows = found.log_weight.shape[1]
-    numbers = elbo_numbers(found, model)
-    changes = _changes(model, what, config, settings, rows, drawn=True)
-    counts = {"rows": rows, "draws": settings.draws, **changes.counts()}
-    numbers |= _gaps("negative_elbo", changes, 1.0)
-    others = {"draws": of_draws(found.log_weight, changes.pairs), **_others(found.trace_error, settings, changes, rows)}
-    budgets = {"negative_elbo": budget(-found.log_weight.mean(dim=0), "nats", others)}
-    if config.iwae_draws:
-        numbers |= _weighted(model, what, config, settings, found, budgets, counts)
-    if model.likelihood.levels > 2:
-        scale = 1 / (math.prod(model.event_shape) * math.log(2))
-        names = {"negative_elbo": "bits_per_dim", "negative_iwae_bound": "bits_per_dim_iwae"}
-        budgets |= {names[name]: own.scaled(scale, "bits/dim") for name, own in budgets.items()}
-    parts = ("negative_elbo", "nats", found.log_weight, "elbo", found.nfe, settings)
-    return Findings(numbers, budgets, *parts, counts)
+    found = elbos(model, what.rows, what.pass_rows, what.count, settings.draws, what.seed, what.shares)
+    changes = _changes(model, what, config, settings, drawn=True)
+    numbers = elbo_numbers(found, model) | _gaps("negative_elbo", changes, 1.0)
+    others = _others(found.trace_error, settings, changes, what.count)
+    drawn = _drawn(of_draws(found.log_weight, changes.pairs), others)
+    budgets = {"negative_elbo": budget(-found.log_weight.mean(dim=0), "nats", drawn)}
+    counts = {"rows": what.count, "draws": settings.draws, **changes.counts()}
+    parts = ("negative_elbo", "nats", found.log_weight, "elbo", found.nfe, settings, counts, changes.problems)
+    return Findings(numbers, _in_bits_too(budgets, model), *parts)
 
 
-def _weighted(
-    model: VariationalAutoencoder,
-    what: Evaluated,
-    config: DictConfig,
-    settings: Settings,
-    found: Elbos,
-    budgets: dict[str, Budget],
-    counts: dict[str, int],
-) -> dict[str, float]:
-    """Add the budget of the importance-weighted bound, and return its numbers."""
-    limit = min(config.iwae_limit or len(what.rows), counts["rows"])
+def _with_bound(model: VariationalAutoencoder, what: Evaluated, config: DictConfig, found: Findings) -> Findings:
+    """Add the importance-weighted bound, whose number of draws stands, to what was found of the ELBO."""
+    first = replace(what, count=min(config.iwae_limit or what.count, what.count))
 
-    def bounds(draws: int, count: int) -> Any:
-        return importance_weighted(model, what.rows, draws, what.pass_rows, count, what.seed, what.shares)
+    def bounds(draws: int, images: Evaluated) -> ImportanceWeighted:
+        parts = (images.pass_rows, images.count, images.seed, images.shares)
+        return importance_weighted(model, images.rows, draws, *parts)
 
-    weighted = bounds(config.iwae_draws, limit)
-    sources = {"draws": of_weights(weighted.sample_size, config.iwae_draws)}
-    checked = min(counts["checked"], limit)
-    if checked and "solver" in budgets["negative_elbo"].sources:
-        few = min(config.iwae_draws, CHECKED_DRAWS)
-        changed = change(model, settings, settings.tight(), lambda: -bounds(few, checked).bound)
-        sources["solver"] = of_solver(changed, limit)
-    elif "solver" in budgets["negative_elbo"].sources:
-        sources["solver"] = None
-    budgets["negative_iwae_bound"] = budget(-weighted.bound, "nats", sources)
-    counts |= {"iwae_rows": limit, "iwae_draws": config.iwae_draws}
-    elbo = -float(found.log_weight[:, :limit].mean())
-    return importance_numbers(weighted, model) | {"negative_elbo_of_iwae_images": elbo}
-
-
-def _changes(
-    model: AnyModel, what: Evaluated, config: DictConfig, settings: Settings, rows: int, drawn: bool
-) -> Changes:
-    """Compute the first rows in other ways: a batch, for its size decides on its steps."""
-    checked = min(rows, what.pass_rows if config.check is None else config.check)
-    computed = bool(continuous_blocks(model)) or settings.precision != "float64"
-    if not checked:
-        return Changes(None, None, None, 0, computed)
-    solver = exact = None
-    if computed:
-        solver = change(model, settings, settings.tight(), lambda: negative(model, what, checked)[0])
-    if not settings.exact and continuous_blocks(model):
-        affordable = checked if tangents(model) <= FEW_TANGENTS else EXACTLY
-        few = min(checked, affordable if config.check_exact is None else config.check_exact)
-        tight = settings.tight()
-        tight.apply(model)
-        try:
-            exact = change(model, tight, tight.exactly(), lambda: negative(model, what, few)[0]) if few else None
-        finally:
-            settings.apply(model)
-    return Changes(
-        solver, exact, _pairs(model, what, checked) if drawn and settings.draws == 1 else None, checked, computed
+    weighted = bounds(config.iwae_draws, first)
+    sources = {"draws": of_errors(weighted.error, config.iwae_draws - 1)}
+    checked = min(found.counts["checked"], first.count)
+    if "solver" in found.main.sources:
+        few, tight = min(config.iwae_draws, CHECKED_DRAWS), found.settings.tight()
+        changed = None
+        if checked:
+            changed = _tried(
+                found.problems,
+                "the importance-weighted bound by a tighter solve",
+                lambda: change(model, found.settings, tight, lambda: -bounds(few, first.some(checked)).bound),
+            )
+        sources["solver"] = None if changed is None else of_solver(changed, first.count)
+    budgets = {"negative_iwae_bound": budget(-weighted.bound, "nats", sources)}
+    numbers = importance_numbers(weighted, model)
+    numbers["negative_elbo_of_iwae_images"] = -float(found.per_row[:, : first.count].mean())
+    return replace(
+        found,
+        numbers={**found.numbers, **numbers},
+        budgets={**found.budgets, **_in_bits_too(budgets, model)},
+        counts={**found.counts, "iwae_rows": first.count, "iwae_draws": config.iwae_draws},
     )
 
 
-def _pairs(model: AnyModel, what: Evaluated, checked: int) -> Tensor | None:
-    return negative(model, what, checked, draws=2) if checked else None
+def _in_bits_too(budgets: dict[str, Budget], model: VariationalAutoencoder) -> dict[str, Budget]:
+    """Return budgets in bits/dim beside those in nats, where pixels have more than two values."""
+    if model.likelihood.levels == 2:
+        return budgets
+    names = {"negative_elbo": "bits_per_dim", "negative_iwae_bound": "bits_per_dim_iwae"}
+    scale = _bits(math.prod(model.event_shape))
+    return budgets | {names[name]: own.scaled(scale, "bits/dim") for name, own in budgets.items()}
+
+
+def _changes(model: AnyModel, what: Evaluated, config: DictConfig, settings: Settings, drawn: bool) -> Changes:
+    """Compute some rows in other ways: as many as a batch has, for its size decides on its steps."""
+    usual = max(2, what.pass_rows) if config.check is None else config.check
+    some = what.some(min(what.count, usual))
+    changes = Changes(some.count, bool(continuous_blocks(model)) or settings.precision != "float64")
+    if not some.count:
+        return changes
+    tight, problems = settings.tight(), changes.problems
+    if changes.computed:
+        changes.solver = _tried(
+            problems, "a tighter solve", lambda: change(model, settings, tight, lambda: negative(model, some)[0])
+        )
+    if not settings.exact and continuous_blocks(model):
+        affordable = some.count if tangents(model) <= FEW_TANGENTS else EXACTLY
+        few = what.some(min(some.count, affordable if config.check_exact is None else config.check_exact))
+        tight.apply(model)
+        if few.count:
+            exactly = tight.exactly()
+            changes.exact = _tried(
+                problems, "exact divergences", lambda: change(model, tight, exactly, lambda: negative(model, few)[0])
+            )
+        settings.apply(model)
+    if drawn and settings.draws == 1:
+        changes.pairs = negative(model, some, draws=2)
+    return changes
+
+
+def _tried(problems: list[str], what: str, measure: Callable[[], Found]) -> Found | None:
+    """Return a measurement, or None where its solve fails: what was found without it is not lost."""
+    try:
+        return measure()
+    except SolverError as failure:
+        problems.append(f"Not checked, {what}: {failure}")
+        return None
+
+
+def _drawn(draws: float | None, others: dict[str, float | None]) -> dict[str, float | None]:
+    """Return half-widths with that of the draws, without the probes in it."""
+    return {"draws": less(draws, others.get("probes", 0.0)), **others}
+
+
+def _bits(pixels: int) -> float:
+    """Return what one nat per image is in bits/dim."""
+    return float(bits_per_dim(torch.ones((), dtype=torch.float64), pixels))
 
 
 def _others(trace_error: Tensor | None, settings: Settings, changes: Changes, rows: int) -> dict[str, float | None]:
@@ -306,12 +323,15 @@ def _further(model: AnyModel, what: Evaluated, config: DictConfig, found: Findin
     numbers: dict[str, float] = {}
     if continuous_blocks(model):
         numbers = {"nfe": sum(found.nfe) / len(found.nfe), "nfe_most": float(max(found.nfe))}
-    count = found.counts["checked"]
-    if count and (isinstance(model, Flow) or continuous_blocks(model)):
-        errors = inversion_errors(model, what, count)
-        numbers |= {"invertibility_error": float(errors.max()), "invertibility_error_median": float(errors.median())}
+    some = what.some(found.counts["checked"])
+    if some.count and (isinstance(model, Flow) or continuous_blocks(model)):
+        errors = _tried(found.problems, "the way back", lambda: inversion_errors(model, some))
+        if errors is not None:
+            largest, median = float(errors.max()), float(errors.median())
+            numbers |= {"invertibility_error": largest, "invertibility_error_median": median}
     if isinstance(model, Flow) and model.dequantiser is None and math.prod(model.event_shape) in GRID and config.mass:
-        whole = total_mass(model, what, found.settings)
-        numbers |= {"mass": whole.mass, "mass_resolution": whole.resolution, "mass_outside": whole.outside}
-        numbers["mass_points"] = float(whole.points)
+        whole = _tried(found.problems, "the total mass", lambda: total_mass(model, what, found.settings))
+        if whole is not None:
+            numbers |= {"mass": whole.mass, "mass_resolution": whole.resolution, "mass_outside": whole.outside}
+            numbers["mass_points"] = float(whole.points)
     return numbers

@@ -5,8 +5,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from cnf_lab.training.budget import CONFIDENCE, SOURCES, Budget, largest_source
+from scipy.stats import t as student
+
+from cnf_lab.training.budget import CONFIDENCE, SOURCES, largest_source
 from cnf_lab.training.evaluation import Findings
+from cnf_lab.training.settings import FINEST, Settings
 
 log = logging.getLogger("cnf_lab")
 #: What each number is called.
@@ -28,13 +31,9 @@ QUALITIES = {
     "effective_sample_size_median": "effective sample size of {iwae_draws}, median",
     "effective_sample_size_least": "effective sample size of {iwae_draws}, least",
 }
-#: What makes a source smaller.
-REMEDIES = {
-    "rows": "Quote it with its error, or print fewer digits: digits={fewer}",
-    "probes": "Type converge=true, or probes={more_probes}, or divergence=exact",
-    "draws": "Type converge=true, or draws={more_draws}",
-    "solver": "Type converge=true, or atol={finer_atol:.0e} rtol={finer_rtol:.0e}",
-}
+#: What tells an error that is not known.
+UNKNOWN = {"rows": "Evaluate more rows", "probes": "Type probes=4", "draws": "Type draws=4", "solver": "Type check=20"}
+SURE = 1 - 1e-6  # that probes and exact divergences disagree
 
 
 def report(name: str, found: Findings, context: dict[str, Any]) -> None:
@@ -49,10 +48,11 @@ def report(name: str, found: Findings, context: dict[str, Any]) -> None:
     mean = (
         "negative ELBO" if found.quantity == "negative_elbo" else f"mean over {counts.get('draws', 1)} draws of noise"
     )
-    said = {"iwae_draws": "", "mean": mean, **counts}
+    given = ", given the context of the first row" if context["conditional"] else ""
+    said = {"iwae_draws": "", "mean": mean, "given": given, **counts}
     rows = "images" if found.quantity != "nll" else "rows"
     log.info("%s: %s %s, %s", name, f"{counts['rows']:,}", rows, _how(context))
-    for line in table(found.budgets, digits, said):
+    for line in table(found, digits, said):
         log.info("%s", line)
     log.info(
         "± holds the truth with probability %g: rows (with what probes and draws leave in them) and solver%s",
@@ -70,21 +70,22 @@ def report(name: str, found: Findings, context: dict[str, Any]) -> None:
         log.warning("%s", line)
 
 
-def table(budgets: dict[str, Budget], digits: int, said: dict[str, Any]) -> list[str]:
-    """Return the lines of a table of numbers with their errors by source.
+def table(found: Findings, digits: int, said: dict[str, Any]) -> list[str]:
+    """Return the lines of a table of numbers, each with its standard error over rows and its budget by source.
 
     Args:
-        budgets: The budgets by the name of the number.
+        found: What was found.
         digits: Decimals of a number.
-        said: What stands in its name.
+        said: What stands in the names of numbers.
     """
+    budgets = found.budgets
     shown = [source for source in SOURCES if any(source in own.sources for own in budgets.values())]
-    lines = [["", "mean", "±", *shown]]
+    lines = [["", "mean", "s.e.", "±", *shown]]
     for name, own in budgets.items():
         title = f"{NAMES[name].format(**said)}, {own.unit}"
-        width = _width(own.half_width)
+        widths = [found.numbers.get(f"{name}_standard_error"), own.half_width]
         cells = [_width(own.sources[source]) if source in own.sources else "" for source in shown]
-        lines.append([title, f"{own.value:.{digits}f}", width, *cells])
+        lines.append([title, f"{own.value:.{digits}f}", *map(_width, widths), *cells])
     return _aligned(lines)
 
 
@@ -98,11 +99,11 @@ def checks(found: Findings, said: dict[str, Any]) -> list[str]:
     numbers, quantity, lines = found.numbers, found.quantity, []
     if f"{quantity}_solver_gap" in numbers:
         gap, largest = numbers[f"{quantity}_solver_gap"], numbers[f"{quantity}_largest_solver_gap"]
-        lines.append(f"the tighter solve changes the mean by {gap:+.1e} {found.unit}, one by up to {largest:.1e}")
+        lines.append(f"computed more tightly the mean changes by {gap:+.1e} {found.unit}, one by up to {largest:.1e}")
     if f"{quantity}_exact_gap" in numbers:
         gap, error = numbers[f"{quantity}_exact_gap"], numbers.get(f"{quantity}_exact_gap_standard_error")
         spread = "" if error is None else f" ± {error:.1e}"
-        lines.append(f"exact divergences change {said['checked_exactly']} by {gap:+.1e}{spread} {found.unit}")
+        lines.append(f"exact divergences of {said['checked_exactly']}: {gap:+.1e}{spread} {found.unit}")
     if "invertibility_error" in numbers:
         largest, median = numbers["invertibility_error"], numbers["invertibility_error_median"]
         lines.append(f"there and back again: off by up to {largest:.1e} deviations of a feature, median {median:.1e}")
@@ -112,7 +113,7 @@ def checks(found: Findings, said: dict[str, Any]) -> list[str]:
         points, resolution, outside = (numbers[f"mass_{key}"] for key in ("points", "resolution", "outside"))
         lines.append(
             f"total mass {numbers['mass']:.5f} on a grid of {points:.0f} points an axis, {resolution:.0e} off with "
-            f"half of them; {100 * outside:.2g} % of samples lie outside"
+            f"half of them; {100 * outside:.2g} % of samples lie outside{said['given']}"
         )
     return lines
 
@@ -125,40 +126,60 @@ def warnings(found: Findings, digits: int, converge: bool = False) -> list[str]:
         digits: Decimals of a number.
         converge: Whether the computation was to come below the last of them.
     """
-    lines, digit, settings = [], 10.0**-digits, found.settings
-    said = {
-        "more_probes": 4 * settings.probes,
-        "more_draws": 4 * settings.draws,
-        "finer_atol": settings.atol / 100,
-        "finer_rtol": settings.rtol / 100,
-    }
+    lines, digit, settings = list(found.problems), 10.0**-digits, found.settings
+    lost = (~found.per_row.isfinite()).any(dim=0).nonzero().flatten().tolist()
+    if lost:
+        lines.append(
+            f"Expected finite numbers of all rows, got others of {len(lost)}: numbers "
+            f"{', '.join(map(str, lost[:10]))}, from 0. Look at these rows, or type precision=float64."
+        )
     computation = found.main.computation
     if converge and computation is not None and computation > digit:
         lines.append(
             f"Expected converge=true to bring the computation's part of {found.quantity} below {digit:g}, got "
             f"{_width(computation)} with {settings.described()}. Type digits={max(0, digits - 1)}."
         )
-    wide: dict[str, list[Budget]] = {}
-    names = {id(own): name for name, own in found.budgets.items()}
+    wide: dict[tuple[str, str], list[str]] = {}
+    widest: dict[tuple[str, str], float] = {}
     for name, own in found.budgets.items():
         if own.half_width is not None and own.half_width > digit:
-            wide.setdefault(largest_source(own), []).append(own)
-        unknown = [source for source, width in own.sources.items() if width is None]
-        if unknown:
-            lines.append(f"The error of {name} from {', '.join(unknown)} is not known. Type check=20.")
-    for source, budgets in wide.items():
-        told = [f"{names[id(own)]} {own.value:.{digits}f} ± {_width(own.half_width)}" for own in budgets]
-        fewer = max(0, math.floor(-math.log10(max(own.half_width or 0.0 for own in budgets))))
+            kind = (largest_source(own), own.unit)
+            wide.setdefault(kind, []).append(f"{name} {own.value:.{digits}f} ± {_width(own.half_width)}")
+            widest[kind] = max(widest.get(kind, 0.0), own.half_width)
+        for source, width in own.sources.items():
+            if width is None:
+                lines.append(f"The error of {name} from {source} is not known. {UNKNOWN[source]}.")
+    for (source, unit), told in wide.items():
         lines.append(
-            f"Expected errors within the last digit printed, {digit:g}, got {'; '.join(told)}, most of it from "
-            f"{source}. {REMEDIES[source].format(fewer=fewer, **said)}."
+            f"Expected errors within the last digit printed, {digit:g} {unit}, got {'; '.join(told)}, most of it from "
+            f"{source}. {_remedy(source, settings, digits, widest[source, unit], converge)}."
         )
     gap, error = (found.numbers.get(f"{found.quantity}_exact_gap{key}") for key in ("", "_standard_error"))
-    if gap is not None and error is not None and abs(gap) > 5 * error > 0:
+    rows = found.counts.get("checked_exactly", 0)
+    if gap is not None and error is not None and abs(gap) > student.ppf(0.5 + SURE / 2, rows - 1) * error > 0:
         lines.append(f"Expected exact divergences to agree with probes, got a change of {gap:+.1e}. Trust neither.")
-    if abs(found.numbers.get("mass", 1.0) - 1) > 0.02 + found.numbers.get("mass_resolution", 0.0):
-        lines.append(f"Expected a total mass of 1, got {found.numbers['mass']:.4f}. Type atol=1e-9 rtol=1e-9.")
+    if "mass" in found.numbers:
+        mass, resolution, outside = (found.numbers[key] for key in ("mass", "mass_resolution", "mass_outside"))
+        if not abs(mass - 1) <= 0.02 + resolution + outside:
+            lines.append(
+                f"Expected a total mass of 1, got {mass:.4f}: the density has parts that its samples do not reach, or "
+                "is none. Look at plots/, and type atol=1e-9 rtol=1e-9 for both."
+            )
     return lines
+
+
+def _remedy(source: str, settings: Settings, digits: int, width: float, converge: bool) -> str:
+    """Return what makes a source smaller."""
+    if source == "rows":
+        fewer = max(0, math.floor(-math.log10(width))) if math.isfinite(width) else 0
+        return "Quote it with its error" + (f", or print fewer digits: digits={fewer}" if fewer < digits else "")
+    finer = f"atol={max(settings.atol / 100, FINEST):.0e} rtol={max(settings.rtol / 100, FINEST):.0e}"
+    by_hand = {
+        "probes": "divergence=exact",
+        "draws": f"draws={4 * settings.draws}, or iwae_draws, of that bound",
+        "solver": finer if settings.precision == "float64" else f"precision=float64 {finer}",
+    }[source]
+    return f"Type {by_hand}" if converge else f"Type converge=true, or {by_hand}"
 
 
 def _how(context: dict[str, Any]) -> str:
@@ -171,7 +192,7 @@ def _how(context: dict[str, Any]) -> str:
 
 
 def _width(value: float | None) -> str:
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "unknown"
     return "0" if value == 0 else f"{value:.1e}" if value < 1e-4 else f"{value:.{max(0, 1 - _magnitude(value))}f}"
 

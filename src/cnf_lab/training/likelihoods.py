@@ -11,7 +11,7 @@ from cnf_lab.data import Batch, Rows
 from cnf_lab.flows import Dequantiser, Flow, UniformDequantiser
 from cnf_lab.metrics import ErrorOfMean, MeanWithError, bits_per_dim
 from cnf_lab.ode import SolveStats
-from cnf_lab.training.shares import Shares
+from cnf_lab.training.shares import Shares, in_order
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Likelihoods:
         Where the divergence is estimated it is no bound: the noise of the probes tightens it too,
         by about half their variance.
         """
-        return self.log_prob.logsumexp(dim=0) - math.log(len(self.log_prob))
+        return log_mean(self.log_prob)
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def log_likelihoods(
 ) -> Likelihoods:
     """Return the log-likelihoods of rows by a flow in evaluation mode.
 
-    Random numbers of a batch come from (seed, draw, first row): more draws leave the first ones
+    Random numbers of a batch come from (seed, draw, its number): more draws leave the first ones
     as they were, and another solver or precision of the field meets the same noise and probes.
 
     Args:
@@ -64,11 +64,11 @@ def log_likelihoods(
     """
     anchor = flow.base.sample(0)
 
-    def one(start: int, batch: Batch) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    def one(number: int, batch: Batch) -> tuple[list[Tensor], list[Tensor], list[int]]:
         context = None if batch.context is None else batch.context.to(anchor.device)
         values, errors, nfe = [], [], []
         for draw in range(draws):
-            generator = torch.Generator(anchor.device).manual_seed(mixed(seed, draw, start))
+            generator = torch.Generator(anchor.device).manual_seed(mixed(seed, draw, number))
             x, log_q = flow.dequantise(batch.x.to(anchor.device), generator)
             mapped = flow.pull_back(x, context, generator)
             values.append((flow.base.log_prob(mapped.value) + mapped.log_det - log_q).double().cpu())
@@ -79,8 +79,8 @@ def log_likelihoods(
 
     found = (shares or Shares()).by_batch(rows, batch_size, limit, one)
     values, errors, nfe = zip(*found, strict=True)
-    trace_error = torch.cat([torch.stack(part) for part in errors], dim=1) if errors[0] else None
-    return Likelihoods(torch.cat([torch.stack(part) for part in values], dim=1), trace_error, tuple(sum(nfe, [])))
+    trace_error = in_order([torch.stack(part) for part in errors], dim=1) if errors[0] else None
+    return Likelihoods(in_order([torch.stack(part) for part in values], dim=1), trace_error, tuple(sum(nfe, [])))
 
 
 def nll_numbers(likelihoods: Likelihoods) -> dict[str, float]:
@@ -122,6 +122,32 @@ def uniformly(flow: Flow) -> Dequantiser:
     """Return uniform dequantisation for a flow of images, in its precision and on its device."""
     assert flow.dequantiser is not None
     return UniformDequantiser(flow.event_shape, flow.dequantiser.levels).to(flow.base.sample(0))
+
+
+def log_mean(log_weight: Tensor) -> Tensor:
+    r"""Return :math:`\log \tfrac1K \sum_k w_k` of log-weights (draws, rows)."""
+    return log_weight.logsumexp(dim=0) - math.log(len(log_weight))
+
+
+def sample_size(log_weight: Tensor) -> Tensor:
+    r"""Return effective numbers of draws, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, of log-weights (draws, rows)."""
+    return (2 * log_weight.logsumexp(dim=0) - (2 * log_weight).logsumexp(dim=0)).exp()
+
+
+def jackknife_error(log_weight: Tensor) -> Tensor:
+    r"""Return standard errors of :math:`\log \tfrac1K \sum_k w_k` over draws, each left out in turn.
+
+    .. math:: \mathrm{se}^2 = \tfrac{K-1}{K} \sum_k (\theta_{-k} - \bar\theta)^2
+
+    Unlike the delta method it does not stay small where one weight outweighs the others.
+
+    Args:
+        log_weight: Logarithms of weights (draws, rows); the errors of one draw are NaN.
+    """
+    draws = len(log_weight)
+    share = (log_weight - log_weight.logsumexp(dim=0)).exp().clamp(max=1 - 1e-15)
+    left = torch.log1p(-share)  # θ without k, but for a constant of the row
+    return ((draws - 1) * left.var(dim=0, correction=0)).sqrt() if draws > 1 else torch.full_like(left[0], torch.nan)
 
 
 def mean_with_error(values: Tensor) -> tuple[float, float]:

@@ -20,7 +20,7 @@ DIVERGENCES = ("exact", "hutchinson")
 MANY = 256  # entries of an image above which divergence=auto goes by probes
 LOOSEST_CHECK = 1e-6  # a hundredth of a coarse tolerance is none to check by
 FINEST, FINEST_CHECK = 1e-12, 1e-13  # tolerances beyond which float64 has nothing to give
-#: What converge=true goes up to, before it says that it has not come through.
+#: What converge=true goes up to.
 MOST_PROBES, MOST_DRAWS = 256, 1000
 
 
@@ -86,9 +86,10 @@ class Settings:
 
         Args:
             excess: By how much each source is too large: solver, probes, draws.
-            tangents: Tangents of the exact divergence; as many probes may as well be exact.
+            tangents: Tangents of the exact divergence, which takes the place of as many probes, or of too many.
         """
         better = self
+        excess = {source: ratio for source, ratio in excess.items() if math.isfinite(ratio)}
         if excess.get("solver", 0) > 1:
             # The error of a mean falls about as the tolerance does; one digit beyond, for certainty.
             factor = 10 ** -math.ceil(math.log10(excess["solver"]) + 0.5)

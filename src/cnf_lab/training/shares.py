@@ -1,13 +1,21 @@
-"""An evaluation's batches among processes: the same batches, numbers and order as in one process."""
+"""An evaluation's batches among processes: the same batches and numbers as in one process.
 
-from collections.abc import Callable
+A batch takes every n-th row, n the number of batches: whatever order the rows lie in, all batches are alike,
+and so are the steps of their solves.
+"""
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from torch import Tensor
 from tqdm import tqdm
 
 from cnf_lab.data import Batch, Rows
+from cnf_lab.errors import ConfigError
 
 Found = TypeVar("Found")
 
@@ -31,30 +39,26 @@ class Shares:
     def by_batch(
         self, rows: Rows, batch_size: int, limit: int | None, one: Callable[[int, Batch], Found]
     ) -> list[Found]:
-        """Return what a function finds of every batch of the first rows, in their order, in every process.
+        """Return what a function finds of every batch of the first rows, in every process.
 
         Batches do not depend on the number of processes, and neither do their results where the function
-        takes its random numbers from the first row's number. A failure in one process ends all of them, and the
-        first one tells it.
+        takes its random numbers from the batch's number. A failure in one process is one in all.
 
         Args:
             rows: The rows.
-            batch_size: Rows of a batch.
+            batch_size: Most rows of a batch.
             limit: Only the first rows; None for all.
-            one: Function of the number of a batch's first row, and of the batch.
-
-        Raises:
-            SystemExit: In the other processes, if any failed.
+            one: Function of the number of a batch, which is that of its first row, and of the batch.
         """
         count = min(len(rows), limit or len(rows))
-        starts = range(0, count, batch_size)
+        batches = -(-count // batch_size)
         # disable=None: a bar on a terminal, nothing in a file.
-        own = tqdm(starts[self.rank :: self.processes], unit="batch", disable=None if self.first else True)
+        own = tqdm(range(batches)[self.rank :: self.processes], unit="batch", disable=None if self.first else True)
         found: list[Found] = []
         failure: Exception | None = None
         try:
-            for start in own:
-                found.append(one(start, rows.__getitems__(range(start, min(start + batch_size, count)))))
+            for number in own:
+                found.append(one(number, rows.__getitems__(range(number, count, batches))))
         except Exception as error:
             if self._fabric is None:
                 raise
@@ -65,8 +69,39 @@ class Shares:
         torch.distributed.all_gather_object(shares, (found, failure))
         for _, theirs in shares:
             if theirs is not None:
-                raise theirs if self.first else SystemExit(2)
-        return [shares[k % self.processes][0][k // self.processes] for k in range(len(starts))]
+                raise theirs
+        return [shares[k % self.processes][0][k // self.processes] for k in range(batches)]
+
+
+def in_order(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Return what was found of batches as one tensor, in the order of the rows.
+
+    Args:
+        parts: Tensors of the batches, each with its rows along a dimension.
+        dim: That dimension.
+    """
+    joined = torch.cat(list(parts), dim=dim)
+    numbers = [torch.arange(k, joined.shape[dim], len(parts)) for k in range(len(parts))]
+    return joined.index_select(dim, torch.cat(numbers).argsort())
+
+
+class EvenRows:
+    """Some of the rows, evenly spaced over all of them.
+
+    Args:
+        rows: The rows.
+        count: Number of rows among which they are chosen, the first ones.
+        some: Number of rows to choose, at most as many.
+    """
+
+    def __init__(self, rows: Rows, count: int, some: int) -> None:
+        self.rows, self.numbers = rows, torch.linspace(0, count - 1, some).round().long().tolist()
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return self.rows.__getitems__([self.numbers[index] for index in indices])
 
 
 def started(processes: int, device: torch.device) -> tuple[Shares, torch.device]:
@@ -78,9 +113,19 @@ def started(processes: int, device: torch.device) -> tuple[Shares, torch.device]
 
     Returns:
         The share of this process, and its device.
+
+    Raises:
+        ConfigError: If there are not as many GPUs.
     """
     if processes == 1:
         return Shares(), device
-    fabric = Fabric(accelerator=device.type, devices=processes, strategy="ddp")
+    if device.type == "cuda" and processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"Expected at most {torch.cuda.device_count()} processes, one for each GPU, got {processes}. "
+            f"Type processes={torch.cuda.device_count()}, or device=cpu."
+        )
+    # One process may check for hours while the others wait.
+    strategy = DDPStrategy(timeout=timedelta(days=7))
+    fabric = Fabric(accelerator=device.type, devices=processes, strategy=strategy)
     fabric.launch()
     return Shares(fabric), fabric.device
