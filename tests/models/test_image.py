@@ -101,7 +101,7 @@ def test_commands_take_a_run_of_images(lab_config, metrics, tmp_path, caplog):
     found = json.loads((tmp_path / "evaluation.json").read_text())["test"]
     assert found["bits_per_dim_trace_standard_error"] > 0
     assert "bits_per_dim_importance_weighted" not in found, "the noise of probes would pass for a better bound"
-    assert "no importance-weighted bound" in caplog.text
+    assert "No importance-weighted bound" in caplog.text
 
     sample(lab_config(run, "n=5", "temperature=0.8", f"output={tmp_path / 's.npy'}", command="sample"))
     pixels = np.load(tmp_path / "s.npy")

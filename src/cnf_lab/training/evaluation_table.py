@@ -194,11 +194,10 @@ def _how(context: dict[str, Any]) -> str:
 def _width(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "unknown"
-    return "0" if value == 0 else f"{value:.1e}" if value < 1e-4 else f"{value:.{max(0, 1 - _magnitude(value))}f}"
-
-
-def _magnitude(value: float) -> int:
-    return math.floor(math.log10(value))
+    if value == 0:
+        return "0"
+    value = float(f"{value:.1e}")  # two digits, and no third by rounding up
+    return f"{value:.1e}" if value < 1e-4 else f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}"
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
