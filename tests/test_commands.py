@@ -144,7 +144,13 @@ def test_evaluate_own_rows_by_name(trained: Path, lab_config: ComposeConfig, tmp
     a, b = np.meshgrid(grid_a, grid_b, indexing="ij")
     rows = pd.DataFrame({"c": 0.5, "b": b.ravel(), "a": a.ravel()})
     rows.to_csv(tmp_path / "grid.csv", index=False)
-    overrides = (f"run={trained / 'run'}", f"data={tmp_path / 'grid.csv'}", f"output={tmp_path}", "batch_size=16000")
+    overrides = (
+        f"run={trained / 'run'}",
+        f"data={tmp_path / 'grid.csv'}",
+        f"output={tmp_path}",
+        "batch_size=16000",
+        "check=0",
+    )
     evaluate(lab_config(*overrides, command="evaluate"))
     log_prob = np.load(tmp_path / "evaluation" / "rows_grid_log_prob.npy")
     mass = np.exp(log_prob).sum() * (grid_a[1] - grid_a[0]) * (grid_b[1] - grid_b[0])

@@ -184,6 +184,7 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_equal_one(tmp_path: Path, rows: Path) -> None:
     """Gradients of two processes are those of the whole batch; test NLL is exact on 11 rows."""
