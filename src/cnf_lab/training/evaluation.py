@@ -163,12 +163,11 @@ def flow_findings(flow: Flow, what: Evaluated, config: DictConfig, settings: Set
     pixels = math.prod(flow.event_shape)
     numbers = image_numbers(found, uniform, pixels) | _gaps("bits_per_dim", changes, _bits(pixels))
     nats = {"": budget(-found.log_prob.mean(dim=0), "nats", _drawn(of_draws(found.log_prob, changes.pairs), others))}
-    if len(uniform.log_prob) > 1:
-        single = of_errors(uniform.log_prob.std(dim=0), draws - 1)
-    else:
-        single = of_draws(uniform.log_prob, pairs)
-    error = None if uniform.trace_error is None else uniform.trace_error[:1]
-    nats["_uniform_1"] = budget(-uniform.log_prob[0], "nats", _drawn(single, _others(error, settings, changes, rows)))
+    if draws > 1 or uniform is not found:  # else it is the same number
+        single = uniform.log_prob
+        alone = of_errors(single.std(dim=0), draws - 1) if len(single) > 1 else of_draws(single, pairs)
+        error = None if uniform.trace_error is None else uniform.trace_error[:1]
+        nats["_uniform_1"] = budget(-single[0], "nats", _drawn(alone, _others(error, settings, changes, rows)))
     if "bits_per_dim_importance_weighted" in numbers:
         weighted = {"draws": of_errors(jackknife_error(found.log_prob), draws - 1), **others}
         nats["_importance_weighted"] = budget(-found.importance_weighted(), "nats", weighted)
