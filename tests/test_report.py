@@ -424,7 +424,7 @@ def test_the_page_works_in_a_browser(zoo: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sweeps_of_twenty_runs_with_a_killed_job(tmp_path: Path) -> None:
+def test_sweeps_with_a_killed_job(tmp_path: Path) -> None:
     """Jobs of all three families, one of them killed: the page has the others, and says what happened.
 
     Chromium opens it without an error of a script, and nothing is asked of a network.
@@ -442,9 +442,9 @@ def test_sweeps_of_twenty_runs_with_a_killed_job(tmp_path: Path) -> None:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, choices in (
-        ("density", ["-m", "dataset=line,circles", "seed=range(5)"]),
-        ("vae", ["-m", *vae, "posterior=none,planar", "seed=0,1,2"]),
-        ("image", ["-m", "dataset=digits,custom", "seed=0,1,2,3"]),  # custom without a file fails
+        ("density", ["-m", "dataset=line", "seed=0,1"]),
+        ("vae", ["-m", *vae, "posterior=none,planar"]),
+        ("image", ["-m", "dataset=digits,custom"]),  # custom without a file fails
     ):
         command = [*common, *small, *choices, f"hydra.sweep.dir={tmp_path / 'outputs' / name}"]
         subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
@@ -463,7 +463,7 @@ def test_sweeps_of_twenty_runs_with_a_killed_job(tmp_path: Path) -> None:
     page = report([str(tmp_path / "outputs")])
     rows = {row["run"]: row for row in csv.DictReader((page.parent / "report.csv").read_text().splitlines())}
     states = [row["status"] for row in rows.values()]
-    assert (states.count("done"), states.count("failed"), states.count("unfinished")) == (20, 4, 1), rows
+    assert (states.count("done"), states.count("failed"), states.count("unfinished")) == (5, 1, 1), rows
     assert {row["family"] for row in rows.values() if row["status"] == "done"} == {"density", "image", "vae"}
     assert page.stat().st_size < 5_000_000
     text = page.read_text()

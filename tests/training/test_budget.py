@@ -137,7 +137,7 @@ def test_rows_alone():
     trials.check()
 
 
-@pytest.mark.parametrize("probes", [1, 2, 5])
+@pytest.mark.parametrize("probes", [1, 3])
 @SLOW
 def test_probes_alone(probes):
     """Of one probe only exact divergences of a few rows tell anything."""
@@ -158,8 +158,6 @@ def test_probes_alone(probes):
         pytest.param(3e-1, 20, marks=SLOW),
         (3e-1, 200),
         pytest.param(1e-2, 20, marks=SLOW),
-        pytest.param(1e-2, 200, marks=SLOW),
-        pytest.param(1e-4, 20, marks=SLOW),
         pytest.param(1e-4, 200, marks=SLOW),
     ],
 )
@@ -183,7 +181,7 @@ def test_float32_is_an_error_of_the_solver():
     trials.check(most_waste=50.0)
 
 
-@pytest.mark.parametrize("draws", [1, pytest.param(2, marks=SLOW), pytest.param(5, marks=SLOW)])
+@pytest.mark.parametrize("draws", [1, pytest.param(3, marks=SLOW)])
 def test_dequantisation_alone(draws):
     trials, flow = Trials(), gaussian_flow(pixels=True)
     x = pixels(0, 40)
