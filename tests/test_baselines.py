@@ -46,7 +46,9 @@ def table(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_from_training_to_samples(model: str, table: Path, tmp_path: Path, lab_config: ComposeConfig) -> None:
+def test_from_training_to_samples(
+    model: str, table: Path, tmp_path: Path, lab_config: ComposeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     run = tmp_path / "run"
     data = ("dataset=custom", f"dataset.path={table}", "dataset.context=[c]")
     train(lab_config(*data, f"model={model}", *SMALL, *PLOTS, run=run))
@@ -57,7 +59,10 @@ def test_from_training_to_samples(model: str, table: Path, tmp_path: Path, lab_c
     assert metrics["context"]["versions"]["zuko"]
     assert {path.stem for path in (run / "plots").glob("*_test.png")} == {"density_test"}
 
+    caplog.set_level("INFO", "cnf_lab")
     nll = evaluate(lab_config(f"run={run}", command="evaluate"))
+    assert "and solver" in caplog.text
+    assert "bounded by" not in caplog.text, "nothing is solved"
     report = json.loads((run / "evaluation.json").read_text())["test"]
     assert nll == pytest.approx(metrics["test/nll"], abs=1e-4)
     assert (report["context"]["solver"], report["context"]["trace"], report["context"]["nfe"]) == (None, None, 0)

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.data import Batch, Rows
-from cnf_lab.metrics import bits_per_dim
 from cnf_lab.ode import SolveStats
 from cnf_lab.training.likelihoods import (
     error_of_mean,
+    error_over_draws,
     jackknife_error,
     log_mean,
     mean_with_error,
     mixed,
+    nats_in_bits,
     sample_size,
 )
 from cnf_lab.training.shares import Shares, in_order
@@ -171,8 +172,7 @@ def elbo_numbers(found: Elbos, model: VariationalAutoencoder) -> dict[str, float
         between = found.latent_mean.var(dim=0) - added
         numbers["active_units"] = float((between > ACTIVE + 3 * noise).sum())
     if found.trace_error is not None:
-        spread = found.trace_error.square().sum(dim=0).sqrt() / draws
-        numbers["negative_elbo_trace_standard_error"] = error_of_mean(spread)
+        numbers["negative_elbo_trace_standard_error"] = error_of_mean(error_over_draws(found.trace_error))
     return numbers | _in_bits(numbers, model, "negative_elbo", "bits_per_dim")
 
 
@@ -196,7 +196,7 @@ def _in_bits(numbers: dict[str, float], model: VariationalAutoencoder, name: str
         return {}
     dimensions = math.prod(model.event_shape)
     return {
-        key.replace(name, called): float(bits_per_dim(torch.tensor(value, dtype=torch.float64), dimensions))
+        key.replace(name, called): nats_in_bits(value, dimensions)
         for key, value in numbers.items()
         if key.startswith(name)
     }

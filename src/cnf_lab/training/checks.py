@@ -14,6 +14,7 @@ from cnf_lab.data.base import ArrayRows
 from cnf_lab.flows import Flow
 from cnf_lab.training.bounds import elbos
 from cnf_lab.training.likelihoods import log_likelihoods, mixed
+from cnf_lab.training.sample_metrics import draw
 from cnf_lab.training.settings import AnyModel, Settings
 from cnf_lab.training.shares import EvenRows, Shares, in_order
 
@@ -145,7 +146,7 @@ def total_mass(flow: Flow, what: Evaluated, settings: Settings) -> Mass:
     points = GRID[dimensions]
     device = flow.base.sample(0).device
     context = what.rows.__getitems__([0]).context
-    drawn = _samples(flow, context, device, what.seed)
+    drawn = _samples(flow, context, device, what.pass_rows, what.seed)
     low, high = drawn.amin(dim=0), drawn.amax(dim=0)
     low, high = low - MARGIN * (high - low), high + MARGIN * (high - low)
     axes = [np.linspace(float(a), float(b), points) for a, b in zip(low, high, strict=True)]
@@ -162,15 +163,14 @@ def total_mass(flow: Flow, what: Evaluated, settings: Settings) -> Mass:
     cell = math.prod(float(axis[1] - axis[0]) for axis in axes)
     coarse = density[(slice(None, None, 2),) * dimensions]
     mass, halved = _trapezoid(density) * cell, _trapezoid(coarse) * cell * 2**dimensions
-    again = _samples(flow, context, device, what.seed + 1)
+    again = _samples(flow, context, device, what.pass_rows, what.seed + 1)
     outside = ((again < low) | (again > high)).any(dim=1).double().mean()
     return Mass(mass, abs(mass - halved), float(outside), points)
 
 
-def _samples(flow: Flow, context: Tensor | None, device: torch.device, seed: int) -> Tensor:
-    given = None if context is None else context.to(device)
+def _samples(flow: Flow, context: Tensor | None, device: torch.device, batch_size: int, seed: int) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
-    return flow.sample(SAMPLES, given, generator).flatten(1).double().cpu()
+    return torch.from_numpy(draw(flow, SAMPLES, context, batch_size, 1.0, generator)).flatten(1).double()
 
 
 def _trapezoid(values: Tensor) -> float:

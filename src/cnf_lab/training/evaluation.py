@@ -6,22 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from cnf_lab.autoencoders import VariationalAutoencoder
 from cnf_lab.errors import SolverError
 from cnf_lab.flows import Flow, UniformDequantiser, continuous_blocks
-from cnf_lab.metrics import bits_per_dim
 from cnf_lab.training.bounds import ImportanceWeighted, elbo_numbers, elbos, importance_numbers, importance_weighted
 from cnf_lab.training.budget import Budget, budget, less, of_draws, of_errors, of_solver, of_some
 from cnf_lab.training.checks import GRID, Evaluated, change, inversion_errors, negative, total_mass
 from cnf_lab.training.likelihoods import (
     Likelihoods,
+    error_over_draws,
     image_numbers,
     jackknife_error,
     log_likelihoods,
+    nats_in_bits,
     nll_numbers,
     uniformly,
 )
@@ -161,7 +161,8 @@ def flow_findings(flow: Flow, what: Evaluated, config: DictConfig, settings: Set
         pairs = negative(flow, what.some(changes.checked), draws=2) if changes.checked else None
         flow.dequantiser = own
     pixels = math.prod(flow.event_shape)
-    numbers = image_numbers(found, uniform, pixels) | _gaps("bits_per_dim", changes, _bits(pixels))
+    scale = nats_in_bits(1.0, pixels)
+    numbers = image_numbers(found, uniform, pixels) | _gaps("bits_per_dim", changes, scale)
     nats = {"": budget(-found.log_prob.mean(dim=0), "nats", _drawn(of_draws(found.log_prob, changes.pairs), others))}
     if draws > 1 or uniform is not found:  # else it is the same number
         single = uniform.log_prob
@@ -175,7 +176,7 @@ def flow_findings(flow: Flow, what: Evaluated, config: DictConfig, settings: Set
         changes.problems.append(
             "No importance-weighted bound: the noise of probes would pass for a better one. Type divergence=exact."
         )
-    budgets = {f"bits_per_dim{name}": own.scaled(_bits(pixels), "bits/dim") for name, own in nats.items()}
+    budgets = {f"bits_per_dim{name}": own.scaled(scale, "bits/dim") for name, own in nats.items()}
     counts["draws"] = draws
     parts = ("bits_per_dim", "bits/dim", found.log_prob, "log_prob", found.nfe, settings, counts, changes.problems)
     return Findings(numbers, budgets, *parts)
@@ -240,7 +241,7 @@ def _in_bits_too(budgets: dict[str, Budget], model: VariationalAutoencoder) -> d
     if model.likelihood.levels == 2:
         return budgets
     names = {"negative_elbo": "bits_per_dim", "negative_iwae_bound": "bits_per_dim_iwae"}
-    scale = _bits(math.prod(model.event_shape))
+    scale = nats_in_bits(1.0, math.prod(model.event_shape))
     return budgets | {names[name]: own.scaled(scale, "bits/dim") for name, own in budgets.items()}
 
 
@@ -285,17 +286,11 @@ def _drawn(draws: float | None, others: dict[str, float | None]) -> dict[str, fl
     return {"draws": less(draws, others.get("probes", 0.0)), **others}
 
 
-def _bits(pixels: int) -> float:
-    """Return what one nat per image is in bits/dim."""
-    return float(bits_per_dim(torch.ones((), dtype=torch.float64), pixels))
-
-
 def _others(trace_error: Tensor | None, settings: Settings, changes: Changes, rows: int) -> dict[str, float | None]:
     """Return half-widths of probes, from the errors of K draws of them (K, rows), and of the solver."""
     found: dict[str, float | None] = {}
     if trace_error is not None and settings.probes > 1:
-        spread = trace_error.square().sum(dim=0).sqrt() / len(trace_error)
-        found["probes"] = of_errors(spread, settings.probes - 1)
+        found["probes"] = of_errors(error_over_draws(trace_error), settings.probes - 1)
     elif trace_error is not None:  # of a single probe: only its difference from the exact divergence tells
         found["probes"] = None if changes.exact is None else of_some(changes.exact, rows * len(trace_error))
     if changes.computed:

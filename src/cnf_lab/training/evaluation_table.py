@@ -45,9 +45,9 @@ def report(name: str, found: Findings, context: dict[str, Any]) -> None:
         context: What the numbers depend on.
     """
     numbers, counts, digits = found.numbers, found.counts, context["digits"]
-    mean = (
-        "negative ELBO" if found.quantity == "negative_elbo" else f"mean over {counts.get('draws', 1)} draws of noise"
-    )
+    draws = counts.get("draws", 1)
+    noise = "one draw of noise" if draws == 1 else f"mean over {draws} draws of noise"
+    mean = "negative ELBO" if found.quantity == "negative_elbo" else noise
     given = ", given the context of the first row" if context["conditional"] else ""
     said = {"iwae_draws": "", "mean": mean, "given": given, **counts}
     rows = "images" if found.quantity != "nll" else "rows"
@@ -57,8 +57,9 @@ def report(name: str, found: Findings, context: dict[str, Any]) -> None:
     log.info(
         "± holds the truth with probability %g: rows (with what probes and draws leave in them) and solver%s",
         CONFIDENCE,
+        # Not where nothing is solved or rounded: a closed form in float64.
         ""
-        if not counts["checked"]
+        if found.main.sources.get("solver") is None
         else f", bounded by {counts['checked']:,} {rows} solved at a hundredth of the tolerance in float64",
     )
     for quality, words in QUALITIES.items():

@@ -91,8 +91,7 @@ def nll_numbers(likelihoods: Likelihoods) -> dict[str, float]:
     if len(nll) > 1:
         numbers["nll_dequantisation_standard_error"] = error_of_mean(nll.std(dim=0) / math.sqrt(len(nll)))
     if likelihoods.trace_error is not None:
-        spread = likelihoods.trace_error.square().sum(dim=0).sqrt() / len(nll)
-        numbers["nll_trace_standard_error"] = error_of_mean(spread)
+        numbers["nll_trace_standard_error"] = error_of_mean(error_over_draws(likelihoods.trace_error))
     return numbers
 
 
@@ -114,7 +113,7 @@ def image_numbers(likelihoods: Likelihoods, uniform: Likelihoods, dimensions: in
         bounds["importance_weighted"] = likelihoods.importance_weighted()
     for name, log_prob in bounds.items():
         numbers[f"nll_{name}"], numbers[f"nll_{name}_standard_error"] = mean_with_error(-log_prob)
-    in_bits = {name.replace("nll", "bits_per_dim"): _bits(value, dimensions) for name, value in numbers.items()}
+    in_bits = {name.replace("nll", "bits_per_dim"): nats_in_bits(value, dimensions) for name, value in numbers.items()}
     return in_bits | numbers
 
 
@@ -165,7 +164,13 @@ def error_of_mean(errors: Tensor) -> float:
     return float(metric.compute())
 
 
-def _bits(nats: float, dimensions: int) -> float:
+def error_over_draws(errors: Tensor) -> Tensor:
+    """Return the standard errors of rows' means over draws, whose own are independent (draws, rows)."""
+    return errors.square().sum(dim=0).sqrt() / len(errors)
+
+
+def nats_in_bits(nats: float, dimensions: int) -> float:
+    """Return nats per image in bits/dim."""
     return float(bits_per_dim(torch.tensor(nats, dtype=torch.float64), dimensions))
 
 
